@@ -1,0 +1,82 @@
+"""A server of ours as a child process: started, waited for, and stopped whatever happens."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+
+from stages.program.errors import ServerFailed
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+STOP_WAIT_S = 15
+
+
+@contextlib.contextmanager
+def running_server(name: str, command: Sequence[str], environment: Mapping[str, str], health: str, start_s: float) -> Iterator[None]:
+    """Runs `command` until the block ends; enters the block when the address `health` answers 200.
+
+    The server leads its own process group, and ends when this process ends. Its output goes to a temporary file.
+    Raises ServerFailed with the last line of that output when the server exits, or is not healthy within `start_s` seconds.
+    """
+    with tempfile.TemporaryFile() as log:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
+        try:
+            _wait_until_healthy(name, child, health, start_s, log)
+            try:
+                yield
+            except ServerFailed as error:
+                if child.poll() is None:
+                    raise
+                raise ServerFailed(f"{error} ({name} had ended with exit code {child.returncode}: {_last_words(log)})") from None
+        finally:
+            _stop(child)
+
+
+def end_with_parent() -> None:
+    """For `preexec_fn`: the child gets SIGTERM when the thread that started it ends, so that a killed stage leaves no orphan."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _wait_until_healthy(name: str, child: subprocess.Popen[bytes], health: str, start_s: float, log: object) -> None:
+    deadline = time.monotonic() + start_s
+    while time.monotonic() < deadline:
+        if child.poll() is not None:
+            raise ServerFailed(f"{name} stopped while it started (exit code {child.returncode}): {_last_words(log)}")
+        with contextlib.suppress(OSError, urllib.error.URLError):
+            with urllib.request.urlopen(health, timeout=2) as reply:
+                if reply.status == 200:
+                    return
+        time.sleep(0.2)
+    raise ServerFailed(f"{name} was not ready after {start_s:.0f} s: {_last_words(log)}")
+
+
+def _last_words(log: object) -> str:
+    """The line of the log that most likely says what went wrong: the last one that names an error, else the last."""
+    log.seek(0)  # type: ignore[attr-defined]
+    lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]  # type: ignore[attr-defined]
+    errors = [line for line in lines if "Error: " in line]
+    return (errors or lines or ["it printed nothing"])[-1][-400:]
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    if child.poll() is None:
+        child.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(STOP_WAIT_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)  # workers that outlived the server's own end
+    child.wait()

@@ -1,0 +1,46 @@
+"""vLLM's OpenAI-style server, on the CPU or the GPU as it was installed."""
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from stages.llm.child import running_server
+from stages.llm.endpoint import Endpoint, free_port
+
+START_S = 600  # a large model from a slow disk; a small one on two cores takes a minute
+
+
+def has_vllm() -> bool:
+    """Whether vLLM is installed; it is not imported for the answer."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+@contextlib.contextmanager
+def vllm_server(folder: Path, context_tokens: int, parallel: int) -> Iterator[Endpoint]:
+    """Serves the model in `folder` to `parallel` requests at once. Raises ServerFailed when it does not start."""
+    from stages.models import free_cores
+
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(folder), "--served-model-name", folder.name]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "bfloat16", "--max-model-len", str(context_tokens), "--max-num-seqs", str(parallel)]
+    command += ["--disable-log-stats"]
+    environment = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    if not _has_cuda():
+        command += ["--enforce-eager"]  # compiled starts a minute later, and a run here takes only a few
+        environment |= {"VLLM_CPU_OMP_THREADS_BIND": _all_cores(free_cores()), "VLLM_CPU_KVCACHE_SPACE": "2"}
+    with running_server("vLLM", command, environment, f"http://127.0.0.1:{port}/health", START_S):
+        yield Endpoint(url=f"http://127.0.0.1:{port}/v1", model=folder.name)
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def _all_cores(count: int) -> str:
+    return f"0-{count - 1}" if count > 1 else "0"  # the default keeps one core idle for the server itself

@@ -1,0 +1,200 @@
+"""The records that stages hand to each other: one JSON object a line, sorted by id, joined by id."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+
+from stages.files import new_file
+from stages.program.errors import BadRecord
+
+Text = Annotated[str, msgspec.Meta(min_length=1)]
+Offset = Annotated[int, msgspec.Meta(ge=0)]
+QuestionType = Literal["factual", "conceptual", "procedural"]
+Role = Literal["system", "user", "assistant"]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Frozen and strict: a file with a missing, extra or wrongly typed field is refused."""
+
+    id: Text
+
+
+class Source(Record):
+    """One collected file: where it came from and the hash of the bytes that were read."""
+
+    source: Text  # the source's name in params.yaml
+    path: Text  # inside the source, with forward slashes
+    sha256: Text
+    revision: str  # git commit or URL of origin; empty for a plain file outside git
+
+
+class Document(Record):
+    """A source file's text as Markdown. id = hash(text): a renamed file is the same document."""
+
+    source: Text
+    path: Text
+    sha256: Text  # of the raw file
+    revision: str
+    title: str
+    text: Text
+
+
+class Chunk(Record):
+    """A piece of a document. id = hash(heading path, text): text added elsewhere leaves it unchanged."""
+
+    document_id: Text
+    section_id: Text  # hash(path, heading path): what splits keep together
+    path: Text
+    heading_path: tuple[str, ...]
+    start: Offset  # characters into Document.text
+    end: Offset
+    text: Text
+
+
+class Failure(Record):
+    """An input that gave nothing, and why. id = hash(parent, reason)."""
+
+    parent_id: Text  # a file's path, a chunk id or a request key
+    reason: Text
+    detail: str
+
+
+class Candidate(Record):
+    """An unjudged question and answer. id = hash(chunk, question, answer)."""
+
+    chunk_id: Text
+    fact_id: Text  # hash(chunk, quote): the wordings of one fact share it
+    question: str
+    answer: str
+    quote: str  # verbatim evidence, claimed and not yet verified
+    type: QuestionType
+    recipe: Literal["quote-first", "free"]
+    model: Text
+    sample: Offset
+    similarity: float  # cosine of question and quote
+    rank: Offset  # place of the own quote among all quotes by that cosine; 1 is first
+    wording: Offset  # place among the samples of one fact, best first; 1 is the best
+
+
+class Pair(Record):
+    """A candidate that passed every rule, with its evidence located. id = the candidate's."""
+
+    chunk_id: Text
+    fact_id: Text
+    section_id: Text
+    document_id: Text
+    path: Text
+    heading_path: tuple[str, ...]
+    question: Text
+    answer: Text
+    quote: Text
+    quote_start: Offset  # characters into Document.text
+    quote_end: Offset
+    type: QuestionType
+    model: Text
+    similarity: float
+    wording: Offset
+
+
+class Rejected(Record):
+    """A candidate that broke a rule. id = the candidate's; rules in the suite's order."""
+
+    chunk_id: Text
+    question: str
+    answer: str
+    quote: str
+    rules: tuple[str, ...]
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One turn of a conversation."""
+
+    role: Role
+    content: Text
+
+
+class Example(Record):
+    """A conversation to train on, without its system message. id = hash(pair ids)."""
+
+    pair_ids: tuple[str, ...]
+    document_id: Text
+    messages: tuple[Message, ...]
+
+
+class Question(Record):
+    """A question to score. `set` says what a right answer shows: recall of trained facts, or honesty about untrained ones."""
+
+    set: Literal["recall", "held_out"]
+    pair_id: Text
+    section_id: Text
+    type: QuestionType
+    question: Text
+    reference: Text
+
+
+class Answer(Record):
+    """One system's answer. id = hash(question id, system). `text` may be empty: a model may say nothing."""
+
+    question_id: Text
+    system: Text
+    text: str
+
+
+class Score(Record):
+    """One answer's scores. id = the answer's."""
+
+    question_id: Text
+    set: Literal["recall", "held_out"]
+    section_id: Text
+    type: QuestionType
+    system: Text
+    similarity: float  # cosine of the embeddings of answer and reference, -1 to 1
+    rouge_l: float  # F-measure, 0 to 1
+
+
+Kind = TypeVar("Kind", bound=Record)
+
+
+def content_id(*parts: object) -> str:
+    """16 hex digits of the SHA-256 over `parts` as JSON; equal content gives an equal id on every machine."""
+    return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()[:16]
+
+
+def read_records(path: Path, kind: type[Kind]) -> list[Kind]:
+    """The records of a .jsonl file in file order; an empty file gives []. Raises BadRecord with file, line and fault."""
+    decoder = msgspec.json.Decoder(kind)
+    records = []
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                records.append(decoder.decode(line))
+            except (msgspec.DecodeError, msgspec.ValidationError) as error:
+                raise BadRecord(
+                    f"{path}:{number}: not a {kind.__name__}: {error}. Rebuild it with: dvc repro --force"
+                ) from None
+    return records
+
+
+def write_records(path: Path, records: Iterable[Record]) -> int:
+    """Writes `records` sorted by id, whole or not at all, and returns their number. Raises BadRecord for two with one id."""
+    ordered = sorted(records, key=lambda record: record.id)
+    for one, other in zip(ordered, ordered[1:], strict=False):
+        if one.id == other.id:
+            raise BadRecord(f"{path}: two records have the id {one.id}; ids must differ")
+    with new_file(path) as draft, open(draft, "wb") as lines:
+        for record in ordered:
+            lines.write(msgspec.json.encode(record) + b"\n")
+    return len(ordered)
+
+
+def by_id(records: Iterable[Kind]) -> dict[str, Kind]:
+    """`records` as id -> record."""
+    return {record.id: record for record in records}
+
+
+def evolve(record: Kind, **changes: Any) -> Kind:
+    """A copy of `record` with `changes`."""
+    return msgspec.structs.replace(record, **changes)

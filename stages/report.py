@@ -1,0 +1,342 @@
+"""data/*.jsonl + reports/metrics + reports/loss.csv + params.yaml -> reports/report.md, report.html, loss.png, scores.png
+
+Writes what a pull request shows: verdict, scores, samples, what was rejected, figures of the run, lineage. The same inputs give the
+same bytes; no model runs, it takes a few seconds.
+"""
+
+import base64
+import csv
+import html
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from stages.files import new_file, sha256_of_file, write_text
+from stages.params import Count
+from stages.program import BadInput, BadParams, LimitBroken, run, say
+from stages.records import Answer, Document, Question, Rejected, Score, by_id, read_records
+from stages.scoreboard import COLUMNS, Interval, Scoreboard, figure, in_order, read_scoreboard, score_rows
+from stages.verdict import Gates, judge
+
+MAX_CHARACTERS = 65_536  # GitHub's limit for one comment
+MAX_ANSWER = 700  # characters of one text in report.md; report.html shows all of it
+MAX_PARAMS = 16_000
+MAX_SOURCES = 20
+REJECTED_EXAMPLES = 5
+LINEAGE = ("documents", "chunks", "candidates", "pairs", "rejected", "train", "dev", "questions", "scores")
+NOT_MEASURED = "not measured"
+SETS = {
+    "recall": ("Recall", "New wordings of facts that were trained: does the model know the documentation?"),
+    "held_out": ("Held-out sections", "Sections that were never trained: what does the model say about what it cannot know?"),
+}
+Item = TypeVar("Item")
+Row = tuple[str, ...]
+
+
+class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the report shows besides numbers."""
+
+    samples: Count  # questions whose answers are shown side by side
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """`count` of `items` at equal distances from the first to the last; the middle one for 1, all where there are fewer."""
+    if count >= len(items):
+        return list(items)
+    if count == 1:
+        return [items[len(items) // 2]]
+    return [items[round(place * (len(items) - 1) / (count - 1))] for place in range(count)]
+
+
+def pick_samples(questions: Sequence[Question], scores: Sequence[Score], count: int) -> list[Question]:
+    """`count` questions, a third of them held out, spread from tuned's greatest gain over base to its greatest loss."""
+    similarity = {(score.question_id, score.system): score.similarity for score in scores}
+    ordered = sorted(questions, key=lambda one: (similarity[one.id, "base"] - similarity[one.id, "tuned"], one.id))
+    recall, held_out = ([one for one in ordered if one.set == name] for name in SETS)
+    from_held_out = min(len(held_out), count // 3)
+    return spread(recall, count - from_held_out) + spread(held_out, from_held_out)
+
+
+def answers_to(question: Question, answers: dict[tuple[str, str], Answer], scores: dict[str, Score]) -> dict[str, Any]:
+    """`question` with a row per system: name, its answer, the answer's similarity to the reference."""
+    systems = in_order([system for asked, system in answers if asked == question.id])
+    rows = [("reference", question.reference, "")]
+    for system in systems:
+        answer = answers[question.id, system]
+        rows.append((system, answer.text.strip() or "(empty)", figure(scores[answer.id].similarity)))
+    return {"set": SETS[question.set][0], "question": question.question, "rows": rows}
+
+
+def dig(values: Any, *keys: str) -> Any:
+    """What lies in nested dicts under `keys`, or None."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def measured(value: Any, form: str = "{}") -> str:
+    """`value` in `form`, or `not measured`: a missing figure must not read as 0."""
+    return NOT_MEASURED if value is None or value == "" else form.format(value)
+
+
+def duration(seconds: float | None) -> str:
+    """As `1 h 2 min`, `12 min 5 s` or `5.2 s`."""
+    if seconds is None:
+        return NOT_MEASURED
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def run_rows(train: dict[str, Any], export: dict[str, Any], answer: dict[str, Any], systems: Sequence[str]) -> list[Row]:
+    """The table that the recipe ends with, for this run: time, trainer, sizes, speeds, memory, accelerator."""
+    rows: list[Row] = [
+        ("Training time", duration(dig(train, "seconds"))),
+        ("Trainer", measured(dig(train, "trainer"))),
+        ("Accelerator", measured(dig(train, "device"))),
+        ("Steps", measured(dig(train, "steps"), "{:,}")),
+        ("Training speed", measured(dig(train, "tokens_per_s"), "{:,.0f} tokens/s")),
+        ("Peak memory in training", measured(dig(train, "peak_memory_mb"), "{:,.0f} MB")),
+        ("Final training loss", measured(dig(train, "final_loss"), "{:.3f}")),
+        ("Dev loss", measured(dig(train, "dev_loss"), "{:.3f}")),
+    ]
+    for name in sorted(dig(export, "files") or {}):
+        size = dig(export, "files", name, "bytes")
+        rows.append((f"Size of {name}", measured(None if size is None else size / 1e6, "{:,.1f} MB")))
+    for system in systems:
+        rows.append((f"Inference speed, {system}", measured(dig(answer, "systems", system, "tokens_per_s"), "{:,.0f} tokens/s")))
+    return rows
+
+
+def source_rows(documents: Sequence[Document]) -> list[Row]:
+    """A row per source and revision: source, documents, revision; at most MAX_SOURCES, then one that counts the rest."""
+    counts = sorted(Counter((document.source, document.revision) for document in documents).items())
+    rows: list[Row] = [(source, str(count), revision or "files without a revision") for (source, revision), count in counts]
+    left_out = rows[MAX_SOURCES:]
+    return rows[:MAX_SOURCES] + ([(f"and {len(left_out)} more", "", "")] if left_out else [])
+
+
+def escaped(text: str) -> str:
+    """`text` of a model for a cell of a Markdown table: no markup, no line break, no mention or issue link on GitHub."""
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", inert(text))
+
+
+def inert(text: str) -> str:
+    """As `escaped`, for inside an HTML element of a Markdown file, where a backslash would be shown."""
+    return re.sub(r"([@#])", "\\1\u200b", html.escape(" ".join(text.split()), quote=False))
+
+
+def clipped(text: str, limit: int) -> str:
+    """The first `limit` characters of `text`, and how many are missing where it is longer."""
+    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit:,} more characters)"
+
+
+def fenced(text: str) -> str:
+    """`text` as a YAML code block with a fence longer than any in it, cut with a line that says so after MAX_PARAMS characters."""
+    if len(text) > MAX_PARAMS:
+        text = text[:MAX_PARAMS].rpartition("\n")[0] + "\n# … the rest is in params.yaml\n"
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}yaml\n{text.rstrip()}\n{fence}"
+
+
+def in_one_comment(template: Any, context: dict[str, Any]) -> str:
+    """report.md, with as many samples as fit into a comment. Raises LimitBroken when it does not fit without any."""
+    samples = context["samples"]
+    for shown in range(len(samples), -1, -1):
+        text: str = template.render(context | {"samples": samples[:shown], "left_out": len(samples) - shown})
+        if len(text) <= MAX_CHARACTERS:
+            return text
+    raise LimitBroken(f"report.md has {len(text):,} characters without any sample; a comment holds {MAX_CHARACTERS:,}")
+
+
+def read_loss(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, loss) by split, in the file's order. Raises BadInput for a line that is not step,loss,split."""
+    curves: dict[str, list[tuple[int, float]]] = {"train": [], "dev": []}
+    with open(path, newline="", encoding="utf-8") as lines:
+        for number, row in enumerate(csv.DictReader(lines), start=2):
+            try:
+                curves[row["split"]].append((int(row["step"]), float(row["loss"])))
+            except (KeyError, TypeError, ValueError):
+                raise BadInput(
+                    f"{path}:{number}: {row} is not step,loss,split with train or dev. Rebuild: dvc repro --force train"
+                ) from None
+    return curves
+
+
+def draw_scores(scoreboard: Scoreboard, path: Path) -> None:
+    """A PNG with a panel per question set: bars of similarity and ROUGE-L by system, with their intervals."""
+    from matplotlib.figure import Figure
+
+    sets = scoreboard.sets()
+    picture = Figure(figsize=(11 if len(sets) > 1 else 6, 3.8), dpi=144, layout="constrained")
+    panels = picture.subplots(1, len(sets), sharey=True, squeeze=False)[0]
+    for panel, (name, scores) in zip(panels, sets.items(), strict=True):
+        systems = in_order(list(scores.systems))
+        for shift, measure, label, colour in (
+            (-0.2, "similarity", "similarity", "#3b6fb6"),
+            (0.2, "rouge_l", "ROUGE-L", "#d9a441"),
+        ):
+            found: list[Interval] = [getattr(scores.systems[system], measure) for system in systems]
+            places = [place + shift for place in range(len(systems))]
+            panel.bar(places, [one.mean for one in found], width=0.37, color=colour, label=label, zorder=2)
+            for place, one in zip(places, found, strict=True):
+                low, high = (one.mean if end is None else end for end in (one.low, one.high))
+                if low != high:
+                    whiskers = [[max(0.0, one.mean - low)], [max(0.0, high - one.mean)]]
+                    panel.errorbar(place, one.mean, yerr=whiskers, color="#222222", capsize=3, linewidth=1.1, zorder=3)
+                panel.text(place, max(high, 0.0) + 0.015, f"{one.mean:.2f}", ha="center", va="bottom", fontsize=8)
+        panel.set_xticks(range(len(systems)), systems)
+        panel.set_title(f"{SETS[name][0]} (n = {scores.systems['base'].n})", fontsize=10)
+        _tidy(panel)
+    panels[0].set_ylim(top=1.1)
+    panels[0].set_ylabel("mean score")
+    handles, labels = panels[0].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    _save(picture, path)
+
+
+def draw_loss(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    """A PNG of training and dev loss by step."""
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(11, 3.2), dpi=144, layout="constrained")
+    panel = picture.subplots()
+    for split, colour, marker in (("train", "#3b6fb6", ""), ("dev", "#c2452d", "o")):
+        if curves[split]:
+            steps, losses = zip(*curves[split], strict=True)
+            panel.plot(
+                steps, losses, color=colour, marker=marker or ("o" if len(steps) == 1 else None), markersize=4, label=split
+            )
+    if any(curves.values()):
+        panel.set_ylim(bottom=0)
+        panel.legend(frameon=False, fontsize=9)
+    else:
+        panel.text(0.5, 0.5, "no loss was logged", ha="center", va="center", transform=panel.transAxes)
+    panel.set_xlabel("step")
+    panel.set_ylabel("loss")
+    _tidy(panel)
+    _save(picture, path)
+
+
+def _tidy(panel: Any) -> None:
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(axis="y", color="#dddddd", linewidth=0.7, zorder=0)
+    panel.set_axisbelow(True)
+
+
+def _save(picture: Any, path: Path) -> None:
+    with new_file(path) as draft:
+        picture.savefig(draft, format="png", metadata={"Software": None})  # else the bytes name matplotlib's version
+
+
+def _image(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _figures(path: Path) -> dict[str, Any]:
+    return msgspec.json.decode(path.read_bytes(), type=dict[str, Any]) if path.is_file() else {}
+
+
+def _lineage(data: Path) -> list[Row]:
+    paths = [data / f"{name}.jsonl" for name in LINEAGE] + sorted((data / "answers").glob("*.jsonl"))
+    return [
+        (path.relative_to(data).as_posix(), f"{len(path.read_bytes().splitlines()):,}", sha256_of_file(path)[:12])
+        for path in paths
+        if path.is_file()
+    ]
+
+
+def _template(name: str) -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=name.startswith("report.html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"escaped": escaped, "inert": inert, "clipped": clipped, "fenced": fenced}
+    return environment.get_template(name)
+
+
+def main(
+    data: Path,
+    metrics: Path,
+    loss: Path,
+    params: Path,
+    markdown: Path,
+    page: Path,
+    loss_picture: Path,
+    scores_picture: Path,
+    report: Params,
+    promote: Gates,
+) -> None:
+    import yaml
+
+    settings = yaml.safe_load(params.read_text(encoding="utf-8"))
+    served = dig(settings, "export", "serve")
+    if not served:
+        raise BadParams(f"{params}: export.serve is missing; it names the quant that is shipped, as q8_0")
+    board = read_scoreboard(metrics / "evaluate.json")
+    train, export, answer, validate = (_figures(metrics / f"{name}.json") for name in ("train", "export", "answer", "validate"))
+    questions = read_records(data / "questions.jsonl", Question)
+    said = [one for path in sorted((data / "answers").glob("*.jsonl")) for one in read_records(path, Answer)]
+    answers = {(one.question_id, one.system): one for one in said}
+    scores = by_id(read_records(data / "scores.jsonl", Score))
+    rejected = read_records(data / "rejected.jsonl", Rejected)
+    draw_scores(board, scores_picture)
+    draw_loss(read_loss(loss), loss_picture)
+    context = {
+        "verdict": judge(board, served, promote),
+        "served": served,
+        "confidence": f"{100 * board.confidence:g} %",
+        "columns": COLUMNS,
+        "sets": [
+            {
+                "title": SETS[name][0],
+                "meaning": SETS[name][1],
+                "sections": one.sections,
+                "rows": score_rows(one),
+            }
+            for name, one in board.sets().items()
+        ],
+        "counts": [measured(dig(validate, name), "{:,}") for name in ("candidates", "pairs", "rejected")],
+        "by_rule": [(rule, f"{count:,}") for rule, count in Counter(dig(validate, "by_rule") or {}).most_common() if count],
+        "rejected": [(", ".join(one.rules), one.question, one.answer) for one in spread(rejected, REJECTED_EXAMPLES)],
+        "samples": [
+            answers_to(question, answers, scores) for question in pick_samples(questions, list(scores.values()), report.samples)
+        ],
+        "run": run_rows(train, export, answer, in_order(list(board.recall.systems))),
+        "sources": source_rows(read_records(data / "documents.jsonl", Document)),
+        "files": _lineage(data),
+        "models": [
+            ("Base model", str(dig(settings, "models", "base"))),
+            ("Base model, SHA-256", measured(dig(export, "base_sha256") or dig(train, "base_sha256"))),
+            ("Chat template and system prompt, SHA-256", measured(dig(export, "chat_sha256") or dig(train, "chat_sha256"))),
+        ],
+        "params": params.read_text(encoding="utf-8"),
+        "max_answer": MAX_ANSWER,
+        "max_characters": f"{MAX_CHARACTERS:,}",
+    }
+    pictures = {
+        name: Path(os.path.relpath(path, markdown.parent)).as_posix()
+        for name, path in (("scores", scores_picture), ("loss", loss_picture))
+    }
+    write_text(markdown, in_one_comment(_template("report.md.jinja"), context | {"pictures": pictures}))
+    images = {"scores": _image(scores_picture), "loss": _image(loss_picture)}
+    write_text(page, _template("report.html.jinja").render(context | {"pictures": images}))
+    verdict = context["verdict"]
+    say(f"report: {verdict.outcome}: {verdict.reason}")
+    say(f"report: {markdown} and {page}")
+
+
+if __name__ == "__main__":
+    run(main)

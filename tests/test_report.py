@@ -1,0 +1,249 @@
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from stages.program import BadInput, BadParams, LimitBroken
+from stages.records import Answer, Document, Question, Rejected, Score, content_id, write_records
+from stages.report import MAX_CHARACTERS, NOT_MEASURED, Params, clipped, duration, escaped, fenced, main, run_rows, spread
+from stages.scoreboard import Interval, Scoreboard, SetScores, SystemScores
+from stages.verdict import Gates
+
+GATES = Gates(min_recall_gain=0.0, max_gguf_loss=0.03)
+MEANS = {"base": 0.612, "tuned": 0.781, "q8_0": 0.774, "q4_k_m": 0.731}
+HOSTILE = "Use | or <script>alert(1)</script> and `code`, *now*: @team #1\n![x](http://example.org/x.png)"
+PARAMS = """models: {base: "pkg:base/model.gguf"}
+export: {serve: q8_0}
+report: {samples: 3}  # a comment with ``` in it
+"""
+METRICS: dict[str, dict[str, Any]] = {
+    "train": {"seconds": 754.2, "trainer": "trl", "device": "cpu", "steps": 320, "tokens_per_s": 584.6, "final_loss": 0.4127},
+    "export": {"files": {"docsmith-q8_0.gguf": {"bytes": 144_811_000}}},
+    "answer": {"systems": {"base": {"tokens_per_s": 231.4}, "q8_0": {"tokens_per_s": 86.0}}},
+    "validate": {
+        "candidates": 1234,
+        "pairs": 456,
+        "rejected": 778,
+        "by_rule": {"quote_in_chunk": 700, "too_short": 90, "unused": 0},
+    },
+}
+
+
+def around(mean: float, half: float = 0.04) -> Interval:
+    return Interval(mean, round(mean - half, 6), round(mean + half, 6))
+
+
+def scores_of(n: int, shift: float = 0.0) -> SetScores:
+    return SetScores(
+        sections=9,
+        systems={
+            name: SystemScores(n=n, empty=0, similarity=around(mean + shift), rouge_l=around(mean / 2 + shift))
+            for name, mean in MEANS.items()
+        },
+        gains={
+            f"{one}-{other}": around(MEANS[one] - MEANS[other], 0.02)
+            for other, rest in (("base", ("tuned", "q8_0", "q4_k_m")), ("tuned", ("q8_0", "q4_k_m")))
+            for one in rest
+        },
+    )
+
+
+def write_run(folder: Path, reply: str = "It listens on port 5000.", questions: int = 9) -> list[Path]:
+    """A finished pipeline's files in `folder`, and the paths that dvc.yaml gives to report."""
+    asked, answers, scores = [], [], []
+    for number in range(questions):
+        of_set: Any = "held_out" if number % 3 == 2 else "recall"
+        question = Question(
+            id=f"q{number:03}",
+            set=of_set,
+            pair_id=f"p{number}",
+            section_id=f"s{number % 4}",
+            type="factual",
+            question=f"Which port does the server of chapter {number} listen on?",
+            reference=f"The server listens on port 500{number}.",
+        )
+        asked.append(question)
+        for system, mean in MEANS.items():
+            same = {"question_id": question.id, "system": system}
+            text = "" if (system, number) == ("base", 0) else reply
+            answers.append(Answer(id=content_id(question.id, system), text=text, **same))
+            # tuned gains most on the first question and least on the last
+            similarity = mean if system == "base" else mean - 0.01 * number
+            rest = {"set": of_set, "section_id": question.section_id, "type": "factual", "rouge_l": 0.5}
+            scores.append(Score(id=content_id(question.id, system), similarity=similarity, **same, **rest))
+    data, metrics = folder / "data", folder / "reports/metrics"
+    write_records(data / "questions.jsonl", asked)
+    for system in MEANS:
+        write_records(data / f"answers/{system}.jsonl", [answer for answer in answers if answer.system == system])
+    write_records(data / "scores.jsonl", scores)
+    broken = {"chunk_id": "c1", "question": "Port?", "answer": reply, "quote": "", "rules": ("quote_in_chunk", "too_short")}
+    write_records(data / "rejected.jsonl", [Rejected(id=f"r{number:02}", **broken) for number in range(20)])
+    page = {"source": "handbook", "sha256": "f00", "revision": "", "title": "Page", "text": "Text"}
+    write_records(data / "documents.jsonl", [Document(id=f"d{number}", path=f"page{number}.md", **page) for number in range(7)])
+    metrics.mkdir(parents=True)
+    for name, figures in METRICS.items():
+        (metrics / f"{name}.json").write_text(json.dumps(figures))
+    write_scores(folder, Scoreboard(confidence=0.95, recall=scores_of(6), held_out=scores_of(3, -0.3)))
+    curve = [f"{step},{2.5 / (1 + step / 40):.3f},train" for step in range(5, 325, 5)]
+    curve += [f"{step},{2.6 / (1 + step / 60):.3f},dev" for step in range(40, 325, 40)]
+    (folder / "reports/loss.csv").write_text("\n".join(["step,loss,split", *curve]) + "\n")
+    (folder / "params.yaml").write_text(PARAMS)
+    written = ["report.md", "report.html", "loss.png", "scores.png"]
+    return [data, metrics, folder / "reports/loss.csv", folder / "params.yaml", *(folder / "reports" / name for name in written)]
+
+
+def write_scores(folder: Path, scores: Scoreboard) -> None:
+    (folder / "reports/metrics/evaluate.json").write_bytes(msgspec.json.encode(scores))
+
+
+def write_report(paths: list[Path], samples: int = 3, gates: Gates = GATES) -> tuple[str, str]:
+    main(*paths, report=Params(samples=samples), promote=gates)
+    return paths[4].read_text(encoding="utf-8"), paths[5].read_text(encoding="utf-8")
+
+
+def test_the_report_opens_with_the_verdict_and_shows_scores_rejections_figures_and_lineage(tmp_path: Path) -> None:
+    markdown, page = write_report(write_run(tmp_path))
+    lines = markdown.splitlines()
+    assert lines[0] == "# Docsmith: promote"
+    assert lines[2].startswith(
+        "tuned - base on recall is 0.169 (95 % 0.149 to 0.189), all above 0.000, and q8\\_0 - tuned is -0.007"
+    )
+    recall = [line for line in lines if line.startswith("| tuned | 6 |")]
+    assert recall == [
+        "| tuned | 6 | 0 | 0.781 \\[0.741 to 0.821\\] | 0.391 \\[0.350 to 0.430\\] | 0.169 \\[0.149 to 0.189\\] |  |"
+    ]
+    assert "| q4\\_k\\_m | 3 | 0 | 0.431" in markdown
+    assert "Of 1,234 candidates 456 became pairs and 778 were rejected." in markdown
+    assert "| quote\\_in\\_chunk | 700 |\n| too\\_short | 90 |\n\n" in markdown and "unused" not in markdown
+    assert markdown.count("| quote\\_in\\_chunk, too\\_short | Port? |") == 5
+    assert "| Training time | 12 min 34 s |" in markdown and "| Size of docsmith-q8\\_0.gguf | 144.8 MB |" in markdown
+    assert "| handbook | 7 | files without a revision |" in markdown and "| documents.jsonl | 7 | " in markdown
+    assert "````yaml\nmodels: {base" in markdown and "![Scores by system with intervals](scores.png)" in markdown
+    for text in ("Docsmith: promote", "0.781 [0.741 to 0.821]", "144.8 MB", "quote_in_chunk, too_short"):
+        assert text in page
+
+
+def test_a_figure_that_is_missing_reads_as_not_measured_and_never_as_zero(tmp_path: Path) -> None:
+    rows = dict(run_rows({"steps": 0}, {"files": {"a.gguf": {}}}, {}, ["base"]))
+    assert rows["Steps"] == "0"
+    assert {rows[name] for name in rows if name != "Steps"} == {NOT_MEASURED}
+    assert "Size of a.gguf" in rows and "Inference speed, base" in rows
+    paths = write_run(tmp_path)
+    for name in METRICS:
+        (paths[1] / f"{name}.json").unlink()
+    markdown, _ = write_report(paths)
+    assert "Of not measured candidates" in markdown and "| Training time | not measured |" in markdown
+
+
+def test_the_verdict_is_the_one_that_promote_acts_on(tmp_path: Path) -> None:
+    paths = write_run(tmp_path)
+    assert write_report(paths, gates=Gates(0.16, 0.03))[0].startswith("# Docsmith: not enough evidence\n")
+    assert write_report(paths, gates=Gates(0.0, 0.001))[0].startswith("# Docsmith: do not promote\n")
+
+
+def test_one_section_and_no_held_out_questions_are_said_in_words(tmp_path: Path) -> None:
+    paths = write_run(tmp_path)
+    alone = SystemScores(n=6, empty=0, similarity=Interval(0.5, None, None), rouge_l=Interval(0.25, None, None))
+    gains = {pair: Interval(0.1, None, None) for pair in scores_of(6).gains}
+    write_scores(tmp_path, Scoreboard(confidence=0.95, recall=SetScores(1, dict.fromkeys(MEANS, alone), gains)))
+    markdown, page = write_report(paths)
+    assert markdown.startswith("# Docsmith: not enough evidence\n")
+    assert (
+        "Questions come from 1 section, so there are no intervals." in markdown
+        and "Held-out sections" not in page.split("Rejected")[0]
+    )
+    assert "| base | 6 | 0 | 0.500 | 0.250 |  |  |" in markdown
+
+
+def test_what_a_model_says_cannot_break_the_table_or_the_page(tmp_path: Path) -> None:
+    markdown, page = write_report(write_run(tmp_path, reply=HOSTILE))
+    cell = (
+        "Use \\| or &lt;script&gt;alert(1)&lt;/script&gt; and \\`code\\`, \\*now\\*: @\u200bteam #\u200b1 "
+        "!\\[x\\](http://example.org/x.png)"
+    )
+    assert f"| tuned | {cell} | 0.781 |" in markdown
+    assert "<script" not in markdown and "<script" not in page and "&lt;script&gt;alert(1)" in page
+    assert re.findall(r'(?:src|href)="(?!data:image/png;base64,)', page) == []
+
+
+def test_samples_go_from_the_greatest_gain_to_the_greatest_loss_and_a_third_is_held_out(tmp_path: Path) -> None:
+    paths = write_run(tmp_path)
+    summaries = re.findall(r"<summary>(.*): Which port does the server of chapter (\d)", write_report(paths, samples=3)[0])
+    # recall is 0, 1, 3, 4, 6, 7 and held out 2, 5, 8; tuned gains less from question to question
+    assert summaries == [("Recall", "0"), ("Recall", "7"), ("Held-out sections", "5")]
+    assert "<summary>Recall" not in write_report(paths, samples=0)[0]
+    assert "| base | (empty) | 0.612 |" in write_report(paths, samples=3)[0]
+
+
+def test_spread_takes_both_ends_and_what_lies_evenly_between() -> None:
+    assert spread([0, 1, 2, 3, 4], 3) == [0, 2, 4]
+    assert spread([0, 1, 2, 3, 4], 1) == [2]
+    assert spread([0, 1], 5) == [0, 1] and spread([], 1) == [] and spread([0, 1], 0) == []
+
+
+def test_a_long_report_leaves_samples_out_until_a_comment_holds_it_and_says_so(tmp_path: Path) -> None:
+    paths = write_run(tmp_path, reply="<|&" * 400, questions=60)
+    paths[3].write_text(PARAMS + "# filler\n" * 20_000)
+    markdown, page = write_report(paths, samples=40)
+    assert 50_000 < len(markdown) <= MAX_CHARACTERS
+    shown = markdown.count("<summary>Recall") + markdown.count("<summary>Held-out")
+    assert 0 < shown < 40 and f"\n{40 - shown} of 40 samples are left out here, as a comment holds 65,536 characters" in markdown
+    assert "(500 more characters)" in markdown and "# … the rest is in params.yaml" in markdown
+    assert page.count('<section class="sample">') == 40 and page.count("# filler") == 20_000
+
+
+def test_a_report_that_no_comment_can_hold_is_an_error(tmp_path: Path) -> None:
+    paths = write_run(tmp_path)
+    (paths[1] / "validate.json").write_text(json.dumps({"by_rule": {f"rule{number}" * 20: 1 for number in range(1000)}}))
+    with pytest.raises(LimitBroken, match="characters without any sample; a comment holds 65,536"):
+        write_report(paths)
+
+
+def test_two_runs_give_the_same_bytes_and_pictures_name_no_software(tmp_path: Path) -> None:
+    paths = write_run(tmp_path)
+    write_report(paths)
+    first = [path.read_bytes() for path in paths[4:]]
+    write_report(paths)
+    assert [path.read_bytes() for path in paths[4:]] == first
+    for picture in first[2:]:
+        width, height = struct.unpack(">II", picture[16:24])
+        assert picture.startswith(b"\x89PNG") and width > 900 and height > 400 and b"matplotlib" not in picture
+
+
+def test_a_changed_loss_or_score_changes_its_picture(tmp_path: Path) -> None:
+    paths = write_run(tmp_path)
+    write_report(paths)
+    loss, scores = paths[6].read_bytes(), paths[7].read_bytes()
+    paths[2].write_text("step,loss,split\n5,2.0,train\n")
+    write_scores(tmp_path, Scoreboard(confidence=0.95, recall=scores_of(6)))
+    write_report(paths)
+    assert paths[6].read_bytes() != loss and paths[7].read_bytes() != scores
+
+
+@pytest.mark.parametrize("line", ["5,low,train", "5,2.0,test", "5,2.0", ",2.0,dev"])
+def test_a_line_that_is_not_a_loss_is_named(tmp_path: Path, line: str) -> None:
+    paths = write_run(tmp_path)
+    paths[2].write_text(f"step,loss,split\n1,2.0,train\n{line}\n")
+    with pytest.raises(BadInput, match=r"loss.csv:3: .* is not step,loss,split"):
+        write_report(paths)
+
+
+def test_params_that_ship_no_file_are_refused(tmp_path: Path) -> None:
+    paths = write_run(tmp_path)
+    paths[3].write_text("models: {base: x}\n")
+    with pytest.raises(BadParams, match=r"export.serve is missing"):
+        write_report(paths)
+
+
+def test_text_is_escaped_clipped_and_fenced_as_markdown_needs() -> None:
+    assert escaped("a_b [c] $d$ ~e~ \\f\ng") == "a\\_b \\[c\\] \\$d\\$ \\~e\\~ \\\\f g"
+    assert clipped("abcdef", 4) == "abcd … (2 more characters)" and clipped("abcd", 4) == "abcd"
+    assert fenced("a\n```\n") == "````yaml\na\n```\n````"
+
+
+def test_durations_read_as_people_say_them() -> None:
+    assert [duration(seconds) for seconds in (5.23, 754.2, 3725.0, None)] == ["5.2 s", "12 min 34 s", "1 h 2 min", "not measured"]
