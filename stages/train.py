@@ -9,7 +9,6 @@ import io
 import os
 import resource
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,17 +23,6 @@ from stages.params import Chat, Count, Models, NonNegative, Positive, Share, Tra
 from stages.program import BadInput, BadModelFile, LimitBroken, run, say
 from stages.records import Example, content_id, read_records
 from stages.tracking import connect, dvc_md5, git_commit
-
-# glibc gives large blocks back to the system after every operation, and half of a CPU step goes into page faults;
-# with these the memory stays mapped. They are read when a process starts, hence the second start in `keep_memory_mapped`.
-GLIBC_TUNABLES = ":".join(
-    [
-        "glibc.malloc.hugetlb=1",
-        f"glibc.malloc.mmap_threshold={4 << 30}",
-        f"glibc.malloc.trim_threshold={16 << 30}",
-        f"glibc.malloc.top_pad={256 << 20}",
-    ]
-)
 
 
 class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -245,13 +233,6 @@ def last_checkpoint(checkpoints: Path, fingerprint: str) -> str | None:
     return found if is_whole else None
 
 
-def keep_memory_mapped() -> None:
-    """Starts this program anew with GLIBC_TUNABLES set, once, where the C library is glibc and there is no GPU."""
-    if "GLIBC_TUNABLES" in os.environ or not hasattr(os, "confstr") or "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""):
-        return
-    os.execve(sys.executable, [sys.executable, "-m", "stages.train", *sys.argv[1:]], os.environ | {"GLIBC_TUNABLES": GLIBC_TUNABLES})
-
-
 def main(
     train_examples: Path,
     dev_examples: Path,
@@ -286,6 +267,7 @@ def main(
     mlflow_client = connect(tracking)
     import mlflow
     from datasets import Dataset
+    from transformers import PrinterCallback
     from trl import SFTTrainer
 
     with mlflow.start_run(run_name=f"train-{fingerprint[:8]}") as active:
@@ -304,6 +286,7 @@ def main(
             processing_class=tokenizer,
             callbacks=[mlflow_callback(mlflow)],
         )
+        trainer.remove_callback(PrinterCallback)  # a line for each logged step; the bar and MLflow have them
         resumed = last_checkpoint(checkpoints, fingerprint)
         if resumed:
             say(f"train: resumes from {resumed}")
@@ -353,5 +336,4 @@ def log_dataset(mlflow: Any, path: Path, digest: str, context: str) -> None:
 
 
 if __name__ == "__main__":
-    keep_memory_mapped()
     run(main)

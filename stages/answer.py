@@ -1,0 +1,134 @@
+"""data/questions.jsonl -> data/answers/<system>.jsonl: base, tuned and each GGUF file answer the same questions.
+
+One rendering of the conversation, greedy decoding, the same token limit for all. base and tuned run in transformers, GGUF files in
+llama.cpp: the file that is scored is the file that ships. Answers are kept in data/store, so a rerun asks only what changed.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from stages.chats import with_system
+from stages.files import new_folder, sha256_of, write_json
+from stages.llm import Reply, Request, Store, ask_all, request_key
+from stages.llm.llama_cpp import llama_server
+from stages.models import as_hf_folder, free_cores, load_tokenizer
+from stages.params import Chat, Models, Positive
+from stages.program import BadInput, LimitBroken, progress, run, say
+from stages.records import Answer, Message, Question, content_id, read_records, write_records
+
+
+class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    batch_size: Positive  # prompts at once for base and tuned
+    concurrency: Positive  # requests at once for a GGUF file
+    timeout_s: Positive
+
+
+def requests_for(questions: list[Question], chat: Chat, model_sha256: str) -> dict[str, Request]:
+    """Question id -> the request that puts the question to the model with that hash: greedy, in the one rendering."""
+    requests = {}
+    for question in questions:
+        conversation = with_system(chat.system_prompt, [Message("user", question.question)])
+        messages = tuple((message["role"], message["content"]) for message in conversation)
+        requests[question.id] = Request(model_sha256, messages, temperature=0.0, max_tokens=chat.max_new_tokens, seed=0)
+    return requests
+
+
+def write_with_transformers(folder: Path, requests: Mapping[str, Request], batch_size: int) -> dict[str, Reply]:
+    """The greedy reply to each request by the model in `folder`, in batches of prompts of similar length."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    on_gpu = torch.cuda.is_available()
+    torch.set_num_threads(free_cores())
+    tokenizer = load_tokenizer(folder)
+    tokenizer.padding_side = "left"  # the answer follows the prompt directly
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", trust_remote_code=False, use_safetensors=True, device_map="cuda" if on_gpu else "cpu"
+    ).eval()
+    prompts = {key: _prompt(tokenizer, request) for key, request in requests.items()}
+    order = sorted(prompts, key=lambda key: (len(prompts[key]), key))
+    replies = {}
+    for start in progress(range(0, len(order), batch_size), f"answer {folder.name}", unit="batch"):
+        keys = order[start : start + batch_size]
+        batch = tokenizer([prompts[key] for key in keys], return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+        limit = requests[keys[0]].max_tokens
+        with torch.inference_mode():
+            tokens = model.generate(**batch, max_new_tokens=limit, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        for key, row in zip(keys, tokens[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+            length = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
+            text = tokenizer.decode(row[:length], skip_special_tokens=True)
+            replies[key] = Reply(text=text.strip(), tokens=length, is_whole=length < limit)
+    return replies
+
+
+def _prompt(tokenizer: Any, request: Request) -> str:
+    conversation = [{"role": role, "content": content} for role, content in request.messages]
+    return str(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
+
+
+def main(
+    questions: Path, merged: Path, gguf: Path, store: Path, answers: Path, metrics: Path, *, answer: Params, chat: Chat, models: Models
+) -> None:
+    asked = read_records(questions, Question)
+    if not asked:
+        raise BadInput(f"{questions} holds no question; see reports/metrics/split.json")
+    quants = {path.stem.removeprefix("docsmith-"): path for path in sorted(gguf.glob("*.gguf"))}
+    if not quants:
+        raise BadInput(f"{gguf} holds no .gguf file. Build it with: dvc repro export")
+    kept = Store(store)
+    replies: dict[str, dict[str, Reply]] = {}
+    speeds: dict[str, dict[str, float | int | None]] = {}
+
+    for system, folder in {"base": as_hf_folder(models.base), "tuned": merged}.items():
+        requests = requests_for(asked, chat, sha256_of(folder))
+        keys = {question_id: request_key(request) for question_id, request in requests.items()}
+        known = kept.find(keys.values())
+        missing = {keys[question_id]: request for question_id, request in requests.items() if keys[question_id] not in known}
+        started = time.monotonic()
+        fresh = write_with_transformers(folder, missing, answer.batch_size) if missing else {}
+        for key, reply in fresh.items():
+            kept.keep(key, reply)
+        known |= fresh
+        replies[system] = {question_id: known[key] for question_id, key in keys.items()}
+        speeds[system] = speed(len(asked), len(fresh), sum(reply.tokens for reply in fresh.values()), time.monotonic() - started)
+
+    for system, path in quants.items():
+        requests = requests_for(asked, chat, sha256_of(path))
+        keys = {question_id: request_key(request) for question_id, request in requests.items()}
+        found, tally = ask_all(
+            {keys[question_id]: request for question_id, request in requests.items()},
+            kept,
+            lambda path=path: llama_server(path, chat.context_tokens, answer.concurrency),  # type: ignore[misc]
+            answer.concurrency,
+            answer.timeout_s,
+            f"answer {system}",
+        )
+        if tally.failed:
+            reason = next(reply.failed for reply in found.values() if reply.failed)
+            raise LimitBroken(f"{system}: {tally.failed} of {tally.requests} questions got no answer ({reason}); the others are kept. Resume with: dvc repro")
+        replies[system] = {question_id: found[key] for question_id, key in keys.items()}
+        speeds[system] = speed(len(asked), tally.answered, tally.new_tokens, tally.seconds)
+
+    kept.close()
+    with new_folder(answers) as draft:
+        for system, by_question in replies.items():
+            rows = [
+                Answer(id=content_id(question_id, system), question_id=question_id, system=system, text=reply.text.strip())
+                for question_id, reply in by_question.items()
+            ]
+            write_records(draft / f"{system}.jsonl", rows)
+    write_json(metrics, {"systems": speeds})
+    say(f"answer: {len(asked)} questions to {', '.join(replies)}")
+
+
+def speed(questions: int, new: int, tokens: int, seconds: float) -> dict[str, float | int | None]:
+    """What the metrics say of one system; the rate is null when every answer was kept from an earlier run."""
+    return {"questions": questions, "new": new, "tokens": tokens, "seconds": round(seconds, 1), "tokens_per_s": round(tokens / seconds, 1) if new else None}
+
+
+if __name__ == "__main__":
+    run(main)
