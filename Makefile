@@ -1,0 +1,67 @@
+# `make help` lists what there is. Everything runs in .venv, which the first target that needs it sets up.
+PROFILE ?= cpu
+PYTHON ?= python3
+VENV := .venv
+LOCK := $(if $(filter gpu,$(PROFILE)),requirements/gpu.txt,requirements/cpu.txt)
+READY := $(VENV)/.ready-$(notdir $(basename $(LOCK)))
+# llama.cpp's library is built here for quantising only: a portable build, without its image tools
+export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo repro test lint doctor chat serve ui promote profile lock clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## virtual environment with the pinned packages of PROFILE (cpu)
+
+$(READY): $(LOCK)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK)
+	@touch $@
+
+demo: repro  ## the whole pipeline on the bundled docs, and its scores
+	@python -m stages.summary
+
+repro: $(READY)  ## dvc repro: what changed since the last run
+	dvc repro
+
+test: $(READY)  ## the tests, a real run of the pipeline included
+	python -m pytest
+
+lint: $(READY)  ## ruff and mypy
+	ruff check .
+	ruff format --check .
+	mypy stages
+
+doctor: $(READY)  ## what this machine can run, and which profile fits
+	@python -m stages.doctor
+
+chat: $(READY)  ## talk to the model in the terminal
+	@python -m stages.chat
+
+serve: $(READY)  ## POST /chat on 127.0.0.1:5000
+	@python -m stages.serve
+
+ui: $(READY)  ## MLflow's pages on 127.0.0.1:5001
+	mlflow ui --backend-store-uri sqlite:///models/mlflow.db --host 127.0.0.1 --port 5001
+
+promote: $(READY)  ## register the model; champion if the numbers support it
+	@python -m stages.promote
+
+profile: $(READY)  ## write the values of PROFILE=cpu or PROFILE=gpu into params.yaml
+	@python -m stages.profile $(PROFILE)
+
+UV_COMPILE := $(VENV)/bin/uv pip compile --quiet --upgrade --no-annotate --no-header --no-emit-index-url \
+	--python-version 3.11 pyproject.toml
+lock: $(READY)  ## pin the newest packages that fit together, for both profiles
+	$(VENV)/bin/python -m pip install --quiet uv
+	$(UV_COMPILE) --extra cpu --extra dev --override requirements/leave-out-cpu.txt $(foreach folder,$(PIP_FIND_LINKS),--find-links $(folder)) --output-file requirements/cpu.txt
+	sed -i 's/^torch==\(.*\)+cpu$$/torch==\1/' requirements/cpu.txt
+	$(UV_COMPILE) --extra gpu --extra dev --override requirements/leave-out-gpu.txt --python-platform x86_64-unknown-linux-gnu --output-file requirements/gpu.txt
+
+clean:  ## remove the virtual environment and what the stages wrote; DVC's cache stays
+	rm -rf $(VENV) data/* models/* reports/data_docs
