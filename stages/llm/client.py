@@ -1,6 +1,5 @@
 """The one way Docsmith talks to a language model: OpenAI-style HTTP, many requests at once, each with a terminal status."""
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -46,6 +45,8 @@ def ask_all(
     missing = {key: request for key, request in requests.items() if key not in replies}
     seconds = 0.0
     if missing:
+        import asyncio  # here, since a stage's --help should not wait for it
+
         with connect() as endpoint:
             started = time.monotonic()
             fresh = asyncio.run(_ask(missing, store, endpoint, concurrency, timeout_s, label))
@@ -67,6 +68,8 @@ def ask_all(
 async def _ask(
     requests: Mapping[str, Request], store: Store, endpoint: Endpoint, concurrency: int, timeout_s: float, label: str
 ) -> dict[str, Reply]:
+    import asyncio
+
     import httpx
     import openai
     import stamina.instrumentation

@@ -28,7 +28,8 @@ def connect(tracking: Tracking) -> Any:
 
     import mlflow
 
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for name in ("alembic", "mlflow.store.db.utils"):  # a line for every migration of a fresh database
+        logging.getLogger(name).setLevel(logging.WARNING)
     uri = tracking_uri(tracking)
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
