@@ -3,6 +3,7 @@
 It only reads, and downloads nothing.
 """
 
+import http.client
 import importlib.metadata
 import importlib.util
 import os
@@ -61,7 +62,7 @@ def is_reachable(url: str) -> bool:
             return bool(reply.status == 200)
     except urllib.error.HTTPError as error:
         return error.code in (401, 403)  # it is there, and wants a key
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return False
 
 

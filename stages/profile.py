@@ -22,7 +22,10 @@ def merge(settings: Any, changes: Any, where: str) -> int:
         if isinstance(value, dict):
             changed += merge(settings[name], value, f"{where}: {name}")
         elif settings[name] != value:
-            settings[name] = value
+            if isinstance(value, list):
+                settings[name][:] = value  # in place: the list stays on its line
+            else:
+                settings[name] = value
             changed += 1
     return changed
 

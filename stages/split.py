@@ -61,7 +61,7 @@ def part(pairs: Sequence[Pair], split: Params) -> Parts:
         train += wordings[:-1] if len(wordings) > 1 else wordings
     spare.sort(key=lambda pair: drawn_share(split.seed, pair.id))
     # dev comes out of what is left behind recall, and recall is never less than half of the spare wordings
-    recall = spare[: max(len(spare) - split.max_dev, len(spare) // 2)][: split.max_recall]
+    recall = spare[: max(len(spare) - split.max_dev, (len(spare) + 1) // 2)][: split.max_recall]
     dev = spare[len(recall) :][: split.max_dev]
     train += spare[len(recall) + len(dev) :]
     one_each: dict[str, Pair] = {}

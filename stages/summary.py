@@ -20,7 +20,7 @@ def lines_of(validated: dict[str, Any], scored: dict[str, Any]) -> list[str]:
     for name, title in (("recall", "trained facts in new words"), ("held_out", "sections never trained on")):
         if name not in scored:
             continue
-        lines.append(f"similarity to the reference answer, {title}, with 95 % interval:")
+        lines.append(f"similarity to the reference answer, {title}, with {100 * scored['confidence']:g} % interval:")
         for system, figures in scored[name]["systems"].items():
             lines.append(f"  {system:<8} {interval(figures['similarity'])}   n={figures['n']}")
     lines += ["report: reports/report.html", "next:   make chat   make serve   make promote   make ui"]

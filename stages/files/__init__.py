@@ -29,6 +29,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """As `new_file`, for a folder: an older `path` is replaced whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.old")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     try:
@@ -38,10 +39,13 @@ def new_folder(path: Path) -> Iterator[Path]:
                 _sync(part)
         _sync(draft)
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, aside)
         os.replace(draft, path)
         _sync(path.parent)
     finally:
+        if aside.exists() and not path.exists():
+            os.replace(aside, path)
+        shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(draft, ignore_errors=True)
 
 

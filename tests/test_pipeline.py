@@ -1,0 +1,178 @@
+"""The real thing: `dvc repro` on a corpus of three pages, with the real models, from collect to report, and what follows it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+STAGES = ["collect@pages", "ingest", "chunk", "generate", "validate", "split", "train", "export", "answer", "evaluate", "report"]
+
+PAGES = {
+    "kettle.md": """# The Alto kettle
+
+## Boiling
+
+The Alto kettle boils one litre of water in three minutes. To start the kettle, press the round button on its handle.
+The kettle switches itself off when the water boils, because a bimetal disc bends at one hundred degrees.
+
+## Descaling
+
+Descaling removes the lime that hard water leaves in the Alto kettle. To descale the kettle, boil half a litre of vinegar and rinse twice.
+A kettle in a town with hard water needs descaling every month. The lid of the kettle must stay closed while the vinegar boils.
+""",
+    "lamp.md": """# The Brio lamp
+
+## Light
+
+The Brio lamp gives eight hundred lumens of warm white light. To dim the Brio lamp, hold the touch sensor for two seconds.
+The lamp remembers its last brightness, because it stores the value in flash memory.
+
+## Battery
+
+The battery of the Brio lamp lasts nine hours at half brightness. To charge the lamp, connect a USB-C cable to the port in its foot.
+A red ring on the lamp means that the battery is below ten percent.
+""",
+    "radio.md": """# The Corso radio
+
+## Stations
+
+The Corso radio stores forty stations in its memory. To save a station, hold one of the number keys until the radio beeps.
+The radio searches for stations again when its antenna has been moved.
+
+## Alarm
+
+The alarm of the Corso radio starts quietly and grows louder for one minute. To set the alarm, turn the left wheel and press it.
+The alarm is a clock of its own, so that it rings during a power cut as well.
+""",
+}
+SETTINGS = {
+    "collect": {"sources": {"pages": {"path": "pages"}}},
+    "generate": {"pairs_per_chunk": 3, "samples": 4, "concurrency": 16},
+    "split": {"held_out_share": 0.2, "max_dev": 4},
+    "train": {"num_train_epochs": 2, "eval_steps": 5, "warmup_steps": 1},
+    "chat": {"max_new_tokens": 24},
+    "answer": {"concurrency": 4},
+    "export": {"quants": ["q8_0"], "serve": "q8_0"},
+    "evaluate": {"resamples": 200},
+}
+
+
+def call(project: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "CI": "true"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=1100, check=False)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository with three pages of its own, after `dvc repro`."""
+    import yaml
+
+    project = tmp_path_factory.mktemp("project")
+    for name in ("stages", ".dvcignore", "dvc.yaml", ".gitignore"):
+        source = REPOSITORY / name
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(source, project / name, ignore=ignored) if source.is_dir() else shutil.copy(source, project / name)
+    (project / ".dvc").mkdir()
+    shutil.copy(REPOSITORY / ".dvc/config", project / ".dvc/config")
+    if (REPOSITORY / "models/cache").is_dir():
+        shutil.copytree(REPOSITORY / "models/cache", project / "models/cache")
+    for name, text in PAGES.items():
+        (project / "pages").mkdir(exist_ok=True)
+        (project / "pages" / name).write_text(text, encoding="utf-8")
+    params = yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
+    for section, values in SETTINGS.items():
+        params[section].update(values)
+    (project / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    call(project, "git", "init", "--quiet")
+    done = call(project, "dvc", "repro")
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran = [line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")]
+    assert ran == STAGES
+    return project
+
+
+def metrics(project: Path, stage: str) -> dict[str, object]:
+    return json.loads((project / f"reports/metrics/{stage}.json").read_text(encoding="utf-8"))
+
+
+def test_a_second_repro_runs_no_stage_and_status_is_clean(project: Path) -> None:
+    again = call(project, "dvc", "repro")
+    assert again.returncode == 0
+    assert "Running stage" not in again.stdout
+    assert "up to date" in call(project, "dvc", "status").stdout
+
+
+def test_every_candidate_is_a_pair_or_rejected_and_every_call_is_accounted_for(project: Path) -> None:
+    generated, validated = metrics(project, "generate"), metrics(project, "validate")
+    assert generated["calls"] == generated["usable"] + generated["unusable"] > 0
+    assert generated["usable"] == generated["candidates"] + generated["repeated"]
+    assert generated["candidates"] == validated["candidates"] == validated["pairs"] + validated["rejected"]
+
+
+def test_every_pair_leads_back_to_the_words_of_its_page(project: Path) -> None:
+    pairs = [json.loads(line) for line in (project / "data/pairs.jsonl").open(encoding="utf-8")]
+    assert pairs
+    for pair in pairs:
+        page = (project / "pages" / pair["path"]).read_text(encoding="utf-8")
+        assert " ".join(page[pair["quote_start"] : pair["quote_end"]].split()) == pair["quote"]
+
+
+def test_training_lowers_the_loss_on_unseen_wordings(project: Path) -> None:
+    rows = [line.split(",") for line in (project / "reports/loss.csv").read_text(encoding="utf-8").splitlines()[1:]]
+    trained = [float(loss) for _, loss, split in rows if split == "train"]
+    assert trained[-1] < trained[0]
+
+
+def test_the_scored_gguf_is_the_shipped_one_and_its_checksum_holds(project: Path) -> None:
+    checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=project / "models/gguf", capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+    assert "docsmith-q8_0.gguf: OK" in checked.stdout
+    systems = metrics(project, "evaluate")["recall"]["systems"]  # type: ignore[index]
+    assert sorted(systems) == ["base", "q8_0", "tuned"]
+
+
+def test_the_report_shows_every_system(project: Path) -> None:
+    report = (project / "reports/report.md").read_text(encoding="utf-8")
+    assert all(name in report for name in ("base", "tuned", "q8_0"))
+    assert len(report) < 65_536
+
+
+def test_promote_registers_one_version_and_a_second_time_none(project: Path) -> None:
+    first = call(project, sys.executable, "-m", "stages.promote")
+    assert first.returncode == 0, first.stderr
+    again = call(project, sys.executable, "-m", "stages.promote")
+    assert again.returncode == 0, again.stderr
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+
+    uri = f"sqlite:///{project}/models/mlflow.db"
+    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    versions = client.search_model_versions("name='docsmith'")
+    assert [version.version for version in versions] in (["1"], [1])
+    assert "challenger" in client.get_registered_model("docsmith").aliases
+
+
+def test_an_edited_page_is_noticed_and_asks_only_about_what_is_new(project: Path) -> None:
+    page = project / "pages/lamp.md"
+    page.write_text(page.read_text(encoding="utf-8").replace("nine hours", "eleven hours"), encoding="utf-8")
+    assert "collect@pages" in call(project, "dvc", "status").stdout
+    before = metrics(project, "generate")
+    done = call(project, "dvc", "repro", "generate")
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if "reused" in line)
+    reused, asked = _counts(line)
+    assert 0 < asked <= before["calls"] / 3  # type: ignore[operator]
+    assert reused == metrics(project, "generate")["calls"] - asked  # type: ignore[operator]
+
+
+def _counts(line: str) -> tuple[int, int]:
+    found = re.search(r"\((\d+) reused, (\d+) asked", line)
+    assert found is not None, line
+    return int(found[1]), int(found[2])

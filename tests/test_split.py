@@ -1,0 +1,206 @@
+"""split: no section is both held out and trained, no question both trained and asked, and nothing is lost uncounted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from stages.program import LimitBroken
+from stages.records import Example, Pair, Question, by_id, content_id, evolve, read_records, write_records
+from stages.split import Params, Parts, conversations, drawn_share, main, part
+
+SPLIT = Params(seed=1, held_out_share=0.2, max_recall=100, max_held_out=100, max_dev=5, turns=3, multi_turn_share=0.5)
+# what turning each setting must move; the value differs enough from SPLIT's to show in 80 facts
+CHANGES = {
+    "seed": 2,
+    "held_out_share": 0.5,
+    "max_recall": 3,
+    "max_held_out": 2,
+    "max_dev": 9,
+    "turns": 2,
+    "multi_turn_share": 1.0,
+}
+
+
+def pair(section: str, fact: int, wording: int, document: str) -> Pair:
+    fact_id = f"{section}-f{fact}"
+    return Pair(
+        id=content_id(fact_id, wording),
+        chunk_id=f"{section}-c",
+        fact_id=fact_id,
+        section_id=section,
+        document_id=document,
+        path=f"{document}.md",
+        heading_path=(section,),
+        question=f"{fact_id}, asked in way {wording}?",
+        answer=f"The answer of {fact_id}.",
+        quote=f"The answer of {fact_id}.",
+        quote_start=0,
+        quote_end=10,
+        type="factual",
+        model="m",
+        similarity=0.9,
+        wording=wording,
+    )
+
+
+def corpus(documents: int = 4, name: str = "d") -> list[Pair]:
+    """`documents` of 5 sections of 4 facts, with 1, 2, 3 and 4 wordings."""
+    return [
+        pair(f"{name}{document}-s{section}", fact, wording, f"{name}{document}")
+        for document in range(documents)
+        for section in range(5)
+        for fact in range(4)
+        for wording in range(1, fact + 2)
+    ]
+
+
+def outputs(
+    folder: Path, pairs: list[Pair], split: Params
+) -> tuple[list[Example], list[Example], list[Question], dict[str, int]]:
+    write_records(folder / "pairs.jsonl", pairs)
+    paths = [folder / name for name in ("pairs.jsonl", "train.jsonl", "dev.jsonl", "questions.jsonl", "metrics.json")]
+    main(*paths, split=split)
+    train, dev, questions = paths[1:4]
+    metrics = json.loads(paths[4].read_bytes())
+    return read_records(train, Example), read_records(dev, Example), read_records(questions, Question), metrics
+
+
+def test_no_section_is_held_out_and_trained() -> None:
+    parts = part(corpus(), SPLIT)
+    held_out = {one.section_id for one in parts.held_out}
+    rest = {one.section_id for name in ("train", "dev", "recall") for one in getattr(parts, name)}
+    assert held_out == {s for s in {one.section_id for one in corpus()} if drawn_share(1, s) < 0.2}
+    assert held_out and rest and not held_out & rest and len(held_out | rest) == 20
+
+
+def test_a_held_out_fact_is_asked_once_in_its_first_wording() -> None:
+    held_out = part(corpus(), SPLIT).held_out
+    assert {one.wording for one in held_out} == {1}
+    assert len(held_out) == len({one.fact_id for one in held_out}) == 4 * len({one.section_id for one in held_out})
+
+
+def test_no_question_is_trained_and_asked_and_every_asked_fact_is_trained_in_other_words() -> None:
+    parts = part(corpus(), SPLIT)
+    trained = {one.fact_id for one in parts.train}
+    for asked in (parts.recall, parts.dev):
+        assert asked and {one.fact_id for one in asked} <= trained
+        assert not {one.question for one in asked} & {one.question for one in parts.train}
+    assert not {one.fact_id for one in parts.recall} & {one.fact_id for one in parts.dev}
+
+
+def test_a_fact_with_one_wording_is_trained_and_the_last_of_several_is_asked() -> None:
+    alone, first, second, third = (pair("s", fact, wording, "d") for fact, wording in ((0, 1), (1, 1), (1, 2), (1, 3)))
+    parts = part([third, alone, second, first], msgspec.structs.replace(SPLIT, held_out_share=0.0))
+    assert parts == Parts(train=[alone, first, second], dev=[], recall=[third], held_out=[])
+
+
+def test_recall_is_never_less_than_half_of_the_spare_wordings() -> None:
+    pairs = [pair(f"s{section}", 0, wording, "d") for section in range(7) for wording in (1, 2)]
+    parts = part(pairs, msgspec.structs.replace(SPLIT, held_out_share=0.0, max_dev=5))
+    assert (len(parts.train), len(parts.recall), len(parts.dev)) == (7, 4, 3)
+    parts = part(pairs, msgspec.structs.replace(SPLIT, held_out_share=0.0, max_dev=1, max_recall=4))
+    assert (len(parts.train), len(parts.recall), len(parts.dev)) == (9, 4, 1)  # 2 spare wordings are trained after all
+
+
+def test_turns_of_a_conversation_come_from_one_document_and_different_facts() -> None:
+    pairs = by_id(corpus())
+    examples = conversations(list(pairs.values()), SPLIT)
+    several = [example for example in examples if len(example.pair_ids) > 1]
+    # a share of 0.5 would be 33 conversations; the 20 facts of each of 4 documents make 6 groups of 3
+    assert (len(examples) - len(several), len(several)) == (200, 24)
+    for example in several:
+        turns = [pairs[id] for id in example.pair_ids]
+        assert {turn.document_id for turn in turns} == {example.document_id}
+        assert len({turn.fact_id for turn in turns}) == 3
+        said = [(message.role, message.content) for message in example.messages]
+        assert said == [line for turn in turns for line in (("user", turn.question), ("assistant", turn.answer))]
+
+
+def test_the_share_of_pairs_bounds_the_conversations() -> None:
+    examples = conversations(corpus(), msgspec.structs.replace(SPLIT, multi_turn_share=0.1))
+    assert len(examples) - 200 == 6  # 200 * 0.1 / 3
+
+
+def test_new_pages_leave_the_choice_of_held_out_sections_unchanged() -> None:
+    before = {one.id for one in part(corpus(), SPLIT).held_out}
+    after = {one.id for one in part(corpus(documents=3, name="new") + corpus(), SPLIT).held_out}
+    assert before < after and before == {one.id for one in part(corpus(), SPLIT).held_out} & after
+    assert not after & {one.id for one in part(corpus(), SPLIT).train}
+
+
+def test_a_drawn_share_is_even_and_follows_the_seed() -> None:
+    drawn = [drawn_share(3407, f"section {number}") for number in range(1000)]
+    assert all(0 <= share < 1 for share in drawn) and 450 < sum(share < 0.5 for share in drawn) < 550
+    assert drawn_share(3407, "a") == int(content_id(3407, "a"), 16) / 16**16 != drawn_share(3408, "a")
+
+
+def test_the_counts_add_up_to_the_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    split = msgspec.structs.replace(SPLIT, max_held_out=3)
+    train, dev, questions, metrics = outputs(tmp_path, corpus(), split)
+    recall = [question for question in questions if question.set == "recall"]
+    assert metrics["pairs"] == 200 == sum(metrics[name] for name in ("train", "dev", "recall", "held_out", "unused"))
+    assert (metrics["recall"], metrics["held_out"]) == (len(recall), 3) and len(questions) == len(recall) + 3
+    assert (metrics["examples"], metrics["dev"]) == (len(train), len(dev))
+    assert metrics["multi_turn"] == metrics["examples"] - metrics["train"] > 0
+    held_sections = {one.section_id for one in part(corpus(), SPLIT).held_out}
+    assert metrics["unused"] == 10 * len(held_sections) - 3  # a section has 1 + 2 + 3 + 4 pairs
+    said = capsys.readouterr().out
+    assert said.startswith("split: 200 pairs = ") and said.count("\n") == 1 and f" + {metrics['unused']} unused; " in said
+
+
+def test_the_files_keep_questions_and_training_apart(tmp_path: Path) -> None:
+    train, dev, questions, _ = outputs(tmp_path, corpus(), SPLIT)
+    pairs = by_id(corpus())
+    trained = {id for example in train for id in example.pair_ids}
+    assert all(len(example.pair_ids) == 1 for example in dev) and any(len(example.pair_ids) == 3 for example in train)
+    assert not trained & {question.pair_id for question in questions}
+    assert not trained & {id for example in dev for id in example.pair_ids}
+    for question in questions:
+        source = pairs[question.pair_id]
+        assert (question.question, question.reference, question.section_id) == (source.question, source.answer, source.section_id)
+        assert (source.section_id in {pairs[id].section_id for id in trained}) == (question.set == "recall")
+
+
+@pytest.mark.parametrize(("name", "value"), CHANGES.items())
+def test_each_setting_changes_the_output(name: str, value: Any, tmp_path: Path) -> None:
+    first = outputs(tmp_path, corpus(), SPLIT)[:3]
+    assert outputs(tmp_path, corpus(), msgspec.structs.replace(SPLIT, **{name: value}))[:3] != first
+
+
+def test_every_setting_has_such_a_test() -> None:
+    assert set(CHANGES) == set(Params.__struct_fields__)
+
+
+def test_the_order_of_pairs_changes_nothing() -> None:
+    def ids(parts: Parts) -> dict[str, list[str]]:
+        return {name: sorted(one.id for one in getattr(parts, name)) for name in Parts.__struct_fields__}
+
+    assert ids(part(corpus()[::-1], SPLIT)) == ids(part(corpus(), SPLIT))
+
+
+def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
+    outputs(tmp_path, corpus(), SPLIT)
+    names = ("train.jsonl", "dev.jsonl", "questions.jsonl", "metrics.json")
+    first = [(tmp_path / name).read_bytes() for name in names]
+    outputs(tmp_path, corpus(), SPLIT)
+    assert [(tmp_path / name).read_bytes() for name in names] == first
+
+
+def test_too_few_pairs_are_one_clear_error_and_nothing_is_written(tmp_path: Path) -> None:
+    alone = [pair("s", fact, 1, "d") for fact in range(3)]
+    with pytest.raises(
+        LimitBroken, match=r"pairs\.jsonl: 3 pairs leave 3 to train on and 0 to test with; add documents, or raise"
+    ):
+        outputs(tmp_path, alone, msgspec.structs.replace(SPLIT, held_out_share=0.0))
+    with pytest.raises(LimitBroken, match="0 pairs leave 0 to train on"):
+        outputs(tmp_path, [], SPLIT)
+    assert not (tmp_path / "train.jsonl").exists()
+
+
+def test_a_text_changed_elsewhere_does_not_move_a_pair() -> None:
+    pairs = corpus()
+    reworded = [evolve(pairs[0], answer="Another answer."), *pairs[1:]]
+    assert [one.id for one in part(pairs, SPLIT).recall] == [one.id for one in part(reworded, SPLIT).recall]

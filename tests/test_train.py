@@ -1,0 +1,356 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+import yaml
+from conftest import CHAT, MODELS
+
+from stages.chats import with_system
+from stages.files import sha256_of_file
+from stages.models import load_tokenizer
+from stages.params import Models, Tracking
+from stages.program import BadInput, BadModelFile, LimitBroken
+from stages.records import Example, Message, write_records
+from stages.train import Params, cpu_trainer, curve_of, last_checkpoint, lora_model, main, tokenise, training_arguments
+
+TRAIN = Params(
+    engine="trl",
+    max_length=128,
+    load_in_4bit=False,
+    r=4,
+    lora_alpha=8,
+    lora_dropout=0.0,
+    target_modules=("q_proj", "down_proj"),
+    num_train_epochs=1,
+    max_steps=3,
+    warmup_steps=0,
+    learning_rate=0.01,
+    lr_scheduler_type="linear",
+    optim="adamw_torch",
+    weight_decay=0.0,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=1,
+    logging_steps=1,
+    eval_steps=2,
+    save_steps=1,
+    seed=1,
+)
+
+
+def example(name: str, *turns: str) -> Example:
+    roles = ("user", "assistant")
+    messages = tuple(Message(roles[turn % 2], text) for turn, text in enumerate(turns))  # type: ignore[arg-type]
+    return Example(id=name, pair_ids=(name,), document_id="d", messages=messages)
+
+
+EXAMPLES = [
+    example("a", "How long does green tea steep?", "For three minutes."),
+    example("b", "What is a kettle?", "An electric pot that boils a litre of water in four minutes.", "How much?", "A litre."),
+    example("c", "Where does the cat sleep?", "On the piano."),
+    example("d", "Who repairs the bicycle?", "The shop behind the town hall repairs it."),
+]
+DEV = [example("e", "When does the shop open?", "At nine in the morning.")]
+
+
+def but(**changes: Any) -> Params:
+    return msgspec.structs.replace(TRAIN, **changes)
+
+
+@pytest.fixture(scope="module")
+def tiny(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama with random weights and the base model's tokenizer, as a folder of transformers."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = load_tokenizer(base_folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    folder = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# tokens
+
+
+def test_only_the_answers_are_learned(tiny: Path) -> None:
+    tokenizer = load_tokenizer(tiny)
+    (row,) = tokenise(EXAMPLES[1:2], tokenizer, "Be brief.", 200)
+    assert len(row.input_ids) == len(row.labels)
+    assert tokenizer.decode(row.input_ids).startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    learned = tokenizer.decode([label for label in row.labels if label != -100])
+    assert learned == "An electric pot that boils a litre of water in four minutes.<|im_end|>A litre.<|im_end|>"
+    assert all(label in (-100, token) for token, label in zip(row.input_ids, row.labels, strict=True))
+
+
+def test_an_example_that_is_too_long_is_refused_by_name_and_one_at_the_limit_is_not(tiny: Path) -> None:
+    tokenizer = load_tokenizer(tiny)
+    conversation = with_system("Be brief.", EXAMPLES[1].messages)
+    length = len(tokenizer(tokenizer.apply_chat_template(conversation, tokenize=False), add_special_tokens=False)["input_ids"])
+    assert len(tokenise(EXAMPLES, tokenizer, "Be brief.", length)) == 4
+    with pytest.raises(LimitBroken, match=rf"example b has {length} tokens, and train\.max_length is {length - 1}"):
+        tokenise(EXAMPLES, tokenizer, "Be brief.", length - 1)
+
+
+# model and loss
+
+
+def test_adapters_sit_on_exactly_the_modules_that_params_name(tiny: Path) -> None:
+    model = lora_model(tiny, TRAIN)
+    adapted = {name.partition(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert adapted == {"q_proj", "down_proj"}
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert len(trained) == 2 * 2 * 2  # A and B, two modules, two layers
+    assert all("lora_" in name for name in trained)
+    shapes = {tuple(weight.shape) for name, weight in model.named_parameters() if "q_proj.lora_A" in name}
+    assert shapes == {(4, 64)}
+
+
+def test_the_loss_and_its_gradients_are_those_of_plain_cross_entropy_on_the_answers(tiny: Path, tmp_path: Path) -> None:
+    import torch
+    import torch.nn.functional as F
+    from datasets import Dataset
+
+    torch.manual_seed(3)
+    model = lora_model(tiny, TRAIN).float()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)  # a zero B gives A no gradient
+    tokenizer = load_tokenizer(tiny)
+    rows = Dataset.from_list([msgspec.to_builtins(row) for row in tokenise(EXAMPLES, tokenizer, "Be brief.", 128)])
+    arguments = training_arguments(but(per_device_train_batch_size=4), tmp_path)
+    trainer = cpu_trainer()(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["input_ids"].shape[0] == 4
+    assert (batch["attention_mask"] == 0).any()  # padded: rows differ in length
+    weights = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+
+    loss = trainer.compute_loss(trainer.model, batch)
+    gradients = torch.autograd.grad(loss, list(weights.values()))
+    logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    plain = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+    expected = torch.autograd.grad(plain, list(weights.values()))
+
+    assert abs(loss.item() - plain.item()) <= 1e-4 * plain.item()
+    for name, ours, theirs in zip(weights, gradients, expected, strict=True):
+        assert theirs.norm() > 0, name
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm(), name
+
+    learned = int((batch["labels"][:, 1:] != -100).sum())
+    halved = trainer.compute_loss(trainer.model, batch, num_items_in_batch=2 * learned)  # half of an accumulated batch
+    assert halved.item() == pytest.approx(plain.item() / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"load_in_4bit": True}, {"engine": "unsloth"}])
+def test_what_needs_cuda_is_one_clear_error_without_it(change: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return  # a machine with CUDA has nothing to refuse
+    (name,) = change
+    with pytest.raises(BadModelFile, match=rf"train\.{name}.*needs a CUDA device") as refused:
+        Project(tmp_path, tiny, **change).run()
+    assert "\n" not in str(refused.value)
+
+
+# main
+
+
+class Project:
+    """A folder with train.jsonl and dev.jsonl, where `main` runs with the tiny model."""
+
+    def __init__(self, folder: Path, base: Path, **changes: Any) -> None:
+        self.folder, self.settings = folder, but(**changes)
+        self.train, self.dev = folder / "train.jsonl", folder / "dev.jsonl"
+        self.checkpoints, self.adapter = folder / "checkpoints", folder / "adapter"
+        self.curve, self.metrics = folder / "loss.csv", folder / "train.json"
+        self.models = Models(base=str(base), teacher="", embedder="")
+        self.tracking = Tracking(uri=f"sqlite:///{folder}/mlflow.db", experiment="test", model_name="test")
+        write_records(self.train, EXAMPLES)
+        write_records(self.dev, DEV)
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.train, self.dev, self.checkpoints, self.adapter, self.curve, self.metrics]
+
+    def run(self) -> dict[str, Any]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.folder)
+            main(*self.paths, train=self.settings, models=self.models, chat=CHAT, tracking=self.tracking)
+        metrics: dict[str, Any] = json.loads(self.metrics.read_text())
+        return metrics
+
+    def start(self) -> subprocess.Popen[str]:
+        """`python -m stages.train` in the folder."""
+        sections = {"train": self.settings, "models": self.models, "chat": CHAT, "tracking": self.tracking}
+        (self.folder / "params.yaml").write_text(yaml.safe_dump(msgspec.to_builtins(sections)))
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+        command = [sys.executable, "-m", "stages.train", *map(str, self.paths)]
+        return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def losses(self) -> list[tuple[int, str]]:
+        return [(int(row["step"]), row["split"]) for row in csv.DictReader(self.curve.open())]
+
+
+class Trained(NamedTuple):
+    project: Project
+    metrics: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A run of three steps."""
+    project = Project(tmp_path_factory.mktemp("trained"), tiny)
+    return Trained(project, project.run())
+
+
+def test_a_run_leaves_an_adapter_of_safetensors_whose_weights_have_moved(trained: Trained) -> None:
+    from safetensors.torch import load_file
+
+    adapter = trained.project.adapter
+    assert sorted(path.name for path in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    weights = load_file(adapter / "adapter_model.safetensors")
+    moved = [name for name, weight in weights.items() if "lora_B" in name and weight.abs().max() > 1e-3]
+    assert len(moved) == 4
+    assert len(weights) == 8
+    assert not trained.project.checkpoints.exists()
+
+
+def test_the_curve_has_a_train_row_for_each_step_and_dev_rows(trained: Trained) -> None:
+    rows = trained.project.losses()
+    assert [step for step, split in rows if split == "train"] == [1, 2, 3]
+    assert [step for step, split in rows if split == "dev"] == [2, 3]
+    losses = [float(row["loss"]) for row in csv.DictReader(trained.project.curve.open()) if row["split"] == "train"]
+    assert losses[-1] < losses[0]
+    assert trained.metrics["final_loss"] == losses[-1]
+
+
+def test_the_metrics_say_what_was_trained(trained: Trained) -> None:
+    metrics = trained.metrics
+    assert (metrics["steps"], metrics["examples"], metrics["trainer"], metrics["epochs"]) == (3, 4, "trl", 1.5)
+    assert metrics["dev_loss"] > 1
+    assert metrics["tokens_per_s"] > 0
+    assert metrics["peak_memory_mb"] > 100
+
+
+def test_mlflow_has_settings_curves_datasets_and_tags_of_the_run(trained: Trained) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(trained.project.tracking.uri)
+    found = client.get_run(trained.metrics["mlflow_run_id"])
+    assert found.info.status == "FINISHED"
+    assert found.data.params["cfg.learning_rate"] == "0.01"
+    assert found.data.params["cfg.base"] == trained.project.models.base
+    assert {f"cfg.{name}" for name in msgspec.structs.asdict(TRAIN)} <= set(found.data.params)
+    steps = {name: [point.step for point in client.get_metric_history(found.info.run_id, name)] for name in ("train_loss", "dev_loss")}
+    assert steps["train_loss"] == [1, 2, 3]
+    assert set(steps["dev_loss"]) == {2, 3}
+    assert found.data.metrics["final.final_loss"] == trained.metrics["final_loss"]
+    datasets = {(entry.dataset.name, entry.tags[0].value): entry.dataset.digest for entry in found.inputs.dataset_inputs}
+    assert datasets == {
+        ("train", "training"): sha256_of_file(trained.project.train)[:36],
+        ("dev", "validation"): sha256_of_file(trained.project.dev)[:36],
+    }
+    assert found.data.tags["dvc.stage"] == "train"
+    assert found.data.tags["trainer"] == "trl"
+    assert found.data.tags["adapter.sha256"] == sha256_of_file(trained.project.adapter / "adapter_model.safetensors")
+
+
+def test_two_runs_with_one_seed_give_one_adapter_and_another_seed_another(trained: Trained, tiny: Path, tmp_path: Path) -> None:
+    same, other = (Project(tmp_path / name, tiny, seed=seed) for name, seed in (("same", 1), ("other", 2)) if (tmp_path / name).mkdir() is None)
+    for project in (same, other):
+        project.tracking = trained.project.tracking
+        project.run()
+    digests = [sha256_of_file(project.adapter / "adapter_model.safetensors") for project in (trained.project, same, other)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_killed_run_resumes_from_its_checkpoint(tiny: Path, tmp_path: Path) -> None:
+    project = Project(tmp_path, tiny, max_steps=40, eval_steps=40, logging_steps=10)
+    first = project.start()
+    deadline = time.monotonic() + 120
+    while not (project.checkpoints / "checkpoint-2/trainer_state.json").is_file() and not (project.checkpoints / "checkpoint-3").is_dir():
+        assert first.poll() is None, first.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    first.send_signal(signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    assert not project.adapter.exists()
+    reached = max(int(path.name.rpartition("-")[2]) for path in project.checkpoints.glob("checkpoint-*"))
+    assert 2 <= reached < 40
+
+    second = project.start()
+    said, complaints = second.communicate(timeout=180)
+    assert second.returncode == 0, complaints
+    resumed = int(said.partition("train: resumes from ")[2].splitlines()[0].rpartition("checkpoint-")[2])
+    assert reached - 1 <= resumed <= reached  # the last one may have been half written
+    assert json.loads(project.metrics.read_text())["steps"] == 40
+    assert [step for step, split in project.losses() if split == "train"] == [10, 20, 30, 40]
+    assert not project.checkpoints.exists()
+
+
+def test_checkpoints_of_other_settings_are_removed_and_those_of_the_same_are_used(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    assert last_checkpoint(checkpoints, "one") is None
+    whole = checkpoints / "checkpoint-7"
+    whole.mkdir()
+    (whole / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(checkpoints, "one") == str(whole)
+    assert last_checkpoint(checkpoints, "two") is None
+    assert not whole.exists()
+    assert last_checkpoint(checkpoints, "one") is None
+
+
+def test_a_half_written_checkpoint_gives_way_to_the_one_before_it(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    last_checkpoint(checkpoints, "one")
+    for step in (7, 8):
+        (checkpoints / f"checkpoint-{step}").mkdir()
+    (checkpoints / "checkpoint-7/trainer_state.json").write_text("{}")
+    assert last_checkpoint(checkpoints, "one") == str(checkpoints / "checkpoint-7")
+
+
+@pytest.mark.parametrize("empty", ["train", "dev"])
+def test_a_file_without_an_example_is_an_error(empty: str, tiny: Path, tmp_path: Path) -> None:
+    project = Project(tmp_path, tiny)
+    write_records(tmp_path / f"{empty}.jsonl", [])
+    with pytest.raises(BadInput, match=rf"{empty}\.jsonl holds no example"):
+        project.run()
+
+
+def test_a_loss_that_was_never_logged_is_not_called_a_broken_one(trained: Trained, tiny: Path, tmp_path: Path) -> None:
+    project = Project(tmp_path, tiny, logging_steps=50)
+    project.tracking = trained.project.tracking
+    metrics = project.run()
+    assert metrics["final_loss"] > 1
+
+
+def test_the_curve_has_a_row_for_each_logged_loss() -> None:
+    log = [
+        {"loss": 2.5, "step": 5, "learning_rate": 0.1},
+        {"eval_loss": 2.25, "step": 5},
+        {"loss": 1.00004, "step": 10},
+        {"train_runtime": 3.0, "step": 10},
+    ]
+    assert curve_of(log) == "step,loss,split\n5,2.5000,train\n5,2.2500,dev\n10,1.0000,train\n"
+    assert curve_of([]) == "step,loss,split\n"
