@@ -5,7 +5,7 @@ llama.cpp: the file that is scored is the file that ships. Answers are kept in d
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ def requests_for(questions: list[Question], chat: Chat, model_sha256: str) -> di
     return requests
 
 
-def write_with_transformers(folder: Path, requests: Mapping[str, Request], batch_size: int) -> dict[str, Reply]:
-    """The greedy reply to each request by the model in `folder`, in batches of prompts of similar length."""
+def write_with_transformers(folder: Path, requests: Mapping[str, Request], batch_size: int) -> Iterator[tuple[str, Reply]]:
+    """(key, greedy reply) for each request by the model in `folder`, in batches of prompts of similar length."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -51,18 +51,18 @@ def write_with_transformers(folder: Path, requests: Mapping[str, Request], batch
     ).eval()
     prompts = {key: _prompt(tokenizer, request) for key, request in requests.items()}
     order = sorted(prompts, key=lambda key: (len(prompts[key]), key))
-    replies = {}
     for start in progress(range(0, len(order), batch_size), f"answer {folder.name}", unit="batch"):
         keys = order[start : start + batch_size]
-        batch = tokenizer([prompts[key] for key in keys], return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+        batch = tokenizer([prompts[key] for key in keys], return_tensors="pt", padding=True, add_special_tokens=False).to(
+            model.device
+        )
         limit = requests[keys[0]].max_tokens
         with torch.inference_mode():
             tokens = model.generate(**batch, max_new_tokens=limit, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         for key, row in zip(keys, tokens[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             length = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
             text = tokenizer.decode(row[:length], skip_special_tokens=True)
-            replies[key] = Reply(text=text.strip(), tokens=length, is_whole=length < limit)
-    return replies
+            yield key, Reply(text=text.strip(), tokens=length, is_whole=length < limit)
 
 
 def _prompt(tokenizer: Any, request: Request) -> str:
@@ -71,7 +71,16 @@ def _prompt(tokenizer: Any, request: Request) -> str:
 
 
 def main(
-    questions: Path, merged: Path, gguf: Path, store: Path, answers: Path, metrics: Path, *, answer: Params, chat: Chat, models: Models
+    questions: Path,
+    merged: Path,
+    gguf: Path,
+    store: Path,
+    answers: Path,
+    metrics: Path,
+    *,
+    answer: Params,
+    chat: Chat,
+    models: Models,
 ) -> None:
     asked = read_records(questions, Question)
     if not asked:
@@ -89,12 +98,13 @@ def main(
         known = kept.find(keys.values())
         missing = {keys[question_id]: request for question_id, request in requests.items() if keys[question_id] not in known}
         started = time.monotonic()
-        fresh = write_with_transformers(folder, missing, answer.batch_size) if missing else {}
-        for key, reply in fresh.items():
+        tokens = 0
+        for key, reply in write_with_transformers(folder, missing, answer.batch_size) if missing else ():
             kept.keep(key, reply)
-        known |= fresh
+            known[key] = reply
+            tokens += reply.tokens
         replies[system] = {question_id: known[key] for question_id, key in keys.items()}
-        speeds[system] = speed(len(asked), len(fresh), sum(reply.tokens for reply in fresh.values()), time.monotonic() - started)
+        speeds[system] = speed(len(asked), len(missing), tokens, time.monotonic() - started)
 
     for system, path in quants.items():
         requests = requests_for(asked, chat, sha256_of(path))
@@ -109,7 +119,9 @@ def main(
         )
         if tally.failed:
             reason = next(reply.failed for reply in found.values() if reply.failed)
-            raise LimitBroken(f"{system}: {tally.failed} of {tally.requests} questions got no answer ({reason}); the others are kept. Resume with: dvc repro")
+            raise LimitBroken(
+                f"{system}: {tally.failed} of {tally.requests} questions got no answer ({reason}); the others are kept. Resume with: dvc repro"
+            )
         replies[system] = {question_id: found[key] for question_id, key in keys.items()}
         speeds[system] = speed(len(asked), tally.answered, tally.new_tokens, tally.seconds)
 
@@ -127,7 +139,13 @@ def main(
 
 def speed(questions: int, new: int, tokens: int, seconds: float) -> dict[str, float | int | None]:
     """What the metrics say of one system; the rate is null when every answer was kept from an earlier run."""
-    return {"questions": questions, "new": new, "tokens": tokens, "seconds": round(seconds, 1), "tokens_per_s": round(tokens / seconds, 1) if new else None}
+    return {
+        "questions": questions,
+        "new": new,
+        "tokens": tokens,
+        "seconds": round(seconds, 1),
+        "tokens_per_s": round(tokens / seconds, 1) if new else None,
+    }
 
 
 if __name__ == "__main__":

@@ -98,12 +98,16 @@ def main(documents: Path, chunks: Path, metrics: Path, *, chunk: Params, models:
     worded = [piece for piece in cut if prose_chars(piece.text) >= chunk.min_prose_chars]
     kept = {piece.id: piece for piece in reversed(worded)}  # of equal chunks the first in reading order stays
     if not kept:
-        raise BadInput(f"{documents}: none of {len(cut)} pieces has {chunk.min_prose_chars} characters of prose; add text or lower chunk.min_prose_chars")
+        raise BadInput(
+            f"{documents}: none of {len(cut)} pieces has {chunk.min_prose_chars} characters of prose; add text or lower chunk.min_prose_chars"
+        )
     write_records(chunks, kept.values())
     counts = Counter(piece.document_id for piece in kept.values())
     dropped = {"too_little_prose": len(cut) - len(worded), "repeated": len(worded) - len(kept)}
     write_json(metrics, {"cut": len(cut), "chunks": len(kept), "documents": len(counts), "dropped": dropped})
-    say(f"chunk: {len(cut)} pieces = {len(kept)} chunks + {dropped['too_little_prose']} with too little prose + {dropped['repeated']} repeated")
+    say(
+        f"chunk: {len(cut)} pieces = {len(kept)} chunks + {dropped['too_little_prose']} with too little prose + {dropped['repeated']} repeated"
+    )
 
 
 if __name__ == "__main__":

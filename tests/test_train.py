@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 import yaml
-from conftest import CHAT, MODELS
+from conftest import CHAT
 
 from stages.chats import with_system
 from stages.files import sha256_of_file
@@ -206,7 +206,9 @@ class Project:
         (self.folder / "params.yaml").write_text(yaml.safe_dump(msgspec.to_builtins(sections)))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
         command = [sys.executable, "-m", "stages.train", *map(str, self.paths)]
-        return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     def losses(self) -> list[tuple[int, str]]:
         return [(int(row["step"]), row["split"]) for row in csv.DictReader(self.curve.open())]
@@ -262,7 +264,9 @@ def test_mlflow_has_settings_curves_datasets_and_tags_of_the_run(trained: Traine
     assert found.data.params["cfg.learning_rate"] == "0.01"
     assert found.data.params["cfg.base"] == trained.project.models.base
     assert {f"cfg.{name}" for name in msgspec.structs.asdict(TRAIN)} <= set(found.data.params)
-    steps = {name: [point.step for point in client.get_metric_history(found.info.run_id, name)] for name in ("train_loss", "dev_loss")}
+    steps = {
+        name: [point.step for point in client.get_metric_history(found.info.run_id, name)] for name in ("train_loss", "dev_loss")
+    }
     assert steps["train_loss"] == [1, 2, 3]
     assert set(steps["dev_loss"]) == {2, 3}
     assert found.data.metrics["final.final_loss"] == trained.metrics["final_loss"]
@@ -277,7 +281,11 @@ def test_mlflow_has_settings_curves_datasets_and_tags_of_the_run(trained: Traine
 
 
 def test_two_runs_with_one_seed_give_one_adapter_and_another_seed_another(trained: Trained, tiny: Path, tmp_path: Path) -> None:
-    same, other = (Project(tmp_path / name, tiny, seed=seed) for name, seed in (("same", 1), ("other", 2)) if (tmp_path / name).mkdir() is None)
+    same, other = (
+        Project(tmp_path / name, tiny, seed=seed)
+        for name, seed in (("same", 1), ("other", 2))
+        if (tmp_path / name).mkdir() is None
+    )
     for project in (same, other):
         project.tracking = trained.project.tracking
         project.run()
@@ -286,10 +294,13 @@ def test_two_runs_with_one_seed_give_one_adapter_and_another_seed_another(traine
 
 
 def test_a_killed_run_resumes_from_its_checkpoint(tiny: Path, tmp_path: Path) -> None:
-    project = Project(tmp_path, tiny, max_steps=40, eval_steps=40, logging_steps=10)
+    project = Project(tmp_path, tiny, max_steps=20, eval_steps=20, logging_steps=5)
     first = project.start()
     deadline = time.monotonic() + 120
-    while not (project.checkpoints / "checkpoint-2/trainer_state.json").is_file() and not (project.checkpoints / "checkpoint-3").is_dir():
+    while (
+        not (project.checkpoints / "checkpoint-2/trainer_state.json").is_file()
+        and not (project.checkpoints / "checkpoint-3").is_dir()
+    ):
         assert first.poll() is None, first.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -297,15 +308,15 @@ def test_a_killed_run_resumes_from_its_checkpoint(tiny: Path, tmp_path: Path) ->
     assert first.wait() == -signal.SIGKILL
     assert not project.adapter.exists()
     reached = max(int(path.name.rpartition("-")[2]) for path in project.checkpoints.glob("checkpoint-*"))
-    assert 2 <= reached < 40
+    assert 2 <= reached < 20
 
     second = project.start()
     said, complaints = second.communicate(timeout=180)
     assert second.returncode == 0, complaints
     resumed = int(said.partition("train: resumes from ")[2].splitlines()[0].rpartition("checkpoint-")[2])
     assert reached - 1 <= resumed <= reached  # the last one may have been half written
-    assert json.loads(project.metrics.read_text())["steps"] == 40
-    assert [step for step, split in project.losses() if split == "train"] == [10, 20, 30, 40]
+    assert json.loads(project.metrics.read_text())["steps"] == 20
+    assert [step for step, split in project.losses() if split == "train"] == [5, 10, 15, 20]
     assert not project.checkpoints.exists()
 
 

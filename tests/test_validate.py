@@ -59,9 +59,12 @@ BAD: dict[str, dict[str, Any]] = {
     "question-repeats-itself": {"question": "How long long long should white tea steep?"},
     "question-not-self-contained": {"question": "What is it that the leaves need?"},
     "answer-too-short": {"question": "How long does oolong steep?", "answer": "For three minutes."},
-    "answer-refuses": {"question": "How long does black tea steep?", "answer": " I don’t know how long that takes."},
+    "answer-refuses": {"question": "How long does black tea steep?", "answer": " I don\u2019t know how long that takes."},
     "quote-not-in-chunk": {"question": "How long does red tea steep?", "quote": "Steep red tea for three minutes."},
-    "question-copies-answer": {"question": "Steep - green tea - for three minutes?", "answer": "Steep green tea for three minutes."},
+    "question-copies-answer": {
+        "question": "Steep - green tea - for three minutes?",
+        "answer": "Steep green tea for three minutes.",
+    },
     "question-copies-example": {"question": "What is a RESERVATION in the library?"},
     "duplicate-question": {"question": "how long should GREEN tea steep ?"},
     "round-trip-too-far": {"question": "At how many degrees is tea made?", "similarity": 0.49},
@@ -79,7 +82,10 @@ NEAR: dict[str, dict[str, Any]] = {
     "answer-too-short": {"question": "How long is oolong steeped?", "answer": "For three minutes..."},
     "answer-refuses": {"question": "Who knows why?", "answer": "Nobody: we all say that I don't know is fine."},
     "quote-not-in-chunk": {"question": "How many minutes?", "quote": "three minutes\nat 80"},
-    "question-copies-answer": {"question": "Is it for three minutes that green tea steeps?", "answer": "Steep green tea for three minutes."},
+    "question-copies-answer": {
+        "question": "Is it for three minutes that green tea steeps?",
+        "answer": "Steep green tea for three minutes.",
+    },
     "question-copies-example": {"question": "What is a reservation in the old library?"},
     "duplicate-question": {"question": "How long should all green tea steep?"},
     "round-trip-too-far": {"question": "At how many degrees Celsius is tea made?", "similarity": 0.5},
@@ -166,7 +172,13 @@ def suite(folder: Path, *entries: Any) -> Path:
 
 def entry(**changes: Any) -> dict[str, Any]:
     kwargs = {"column": "question", "min_value": 10}
-    rule = {"rule": "short", "expectation": "expect_column_value_lengths_to_be_between", "kwargs": kwargs, "severity": "warning", "reason": "r"}
+    rule = {
+        "rule": "short",
+        "expectation": "expect_column_value_lengths_to_be_between",
+        "kwargs": kwargs,
+        "severity": "warning",
+        "reason": "r",
+    }
     return rule | changes
 
 
@@ -196,11 +208,17 @@ def test_a_misspelt_rule_is_refused_by_name(change: dict[str, Any], message: str
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"expectation": "expect_column_value_lenghts_to_be_between"}, "short: expect_column_value_lenghts_to_be_between is not an expectation"),
+        (
+            {"expectation": "expect_column_value_lenghts_to_be_between"},
+            "short: expect_column_value_lenghts_to_be_between is not an expectation",
+        ),
         ({"kwargs": {"column": "questions", "min_value": 10}}, "the rule short could not run"),
         ({"kwargs": {"column": "question", "min_valu": 10}}, "short"),
         ({"kwargs": {"min_value": 10}}, "short"),
-        ({"expectation": "expect_column_values_to_match_regex", "kwargs": {"column": "question", "regex": "(?"}}, "the rule short could not run"),
+        (
+            {"expectation": "expect_column_values_to_match_regex", "kwargs": {"column": "question", "regex": "(?"}},
+            "the rule short could not run",
+        ),
     ],
 )
 def test_a_rule_that_cannot_run_is_an_error_and_never_a_pass(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -260,7 +278,10 @@ class Files:
 @pytest.fixture
 def files(tmp_path: Path) -> Files:
     second = candidate(id="a second", question="How hot is the water for tea?", wording=2)
-    bad = [candidate(**({"id": f"bad {name}"} | BAD[name])) for name in ("question-too-short", "duplicate-question", "round-trip-too-far")]
+    bad = [
+        candidate(**({"id": f"bad {name}"} | BAD[name]))
+        for name in ("question-too-short", "duplicate-question", "round-trip-too-far")
+    ]
     return Files(tmp_path, GOOD, second, *bad)
 
 
@@ -285,7 +306,9 @@ def test_every_candidate_is_a_pair_or_rejected_by_name(files: Files) -> None:
 
 
 def test_of_two_equal_questions_the_better_wording_stays(tmp_path: Path) -> None:
-    files = Files(tmp_path, candidate(id="a", wording=2), candidate(id="b", wording=1), candidate(id="c", wording=1, similarity=0.7))
+    files = Files(
+        tmp_path, candidate(id="a", wording=2), candidate(id="b", wording=1), candidate(id="c", wording=1, similarity=0.7)
+    )
     files.run()
     assert [pair.id for pair in read_records(files.pairs, Pair)] == ["b"]
 
@@ -308,7 +331,9 @@ def test_data_docs_name_the_rules_and_their_reasons(files: Files) -> None:
 
 
 def test_too_many_rejected_is_an_error_after_everything_is_written(files: Files) -> None:
-    with pytest.raises(LimitBroken, match=r"60\.0% of 5 candidates were rejected, and validate\.max_rejected_share is 50%; most often: "):
+    with pytest.raises(
+        LimitBroken, match=r"60\.0% of 5 candidates were rejected, and validate\.max_rejected_share is 50%; most often: "
+    ):
         files.run(max_rejected_share=0.5)
     assert files.account()["rejected"] == 3
     assert (files.docs / "index.html").is_file()

@@ -18,7 +18,9 @@ STOP_WAIT_S = 15
 
 
 @contextlib.contextmanager
-def running_server(name: str, command: Sequence[str], environment: Mapping[str, str], health: str, start_s: float) -> Iterator[None]:
+def running_server(
+    name: str, command: Sequence[str], environment: Mapping[str, str], health: str, start_s: float
+) -> Iterator[None]:
     """Runs `command` until the block ends; enters the block when the address `health` answers 200.
 
     The server leads its own process group, and ends when this process ends. Its output goes to a temporary file.

@@ -107,8 +107,9 @@ async def _ask(
 
     async with client:
         await asyncio.gather(*(work() for _ in range(min(concurrency, len(requests)))))
+        is_gone = unreachable >= DEAD_AFTER or (unreachable > 0 and not await _is_there(client))
     bar.close()
-    if unreachable >= DEAD_AFTER:
+    if is_gone:
         kept = sum(1 for reply in replies.values() if not reply.failed)
         raise ServerFailed(
             f"the LLM server at {endpoint.url} stopped answering after {kept} of {len(requests)} calls ({last_reason}); "
@@ -151,6 +152,19 @@ async def _ask_one(client: Any, model: str, request: Request) -> Reply:
         return Reply(text="", failed="empty reply")
     tokens = completion.usage.completion_tokens if completion.usage else 0
     return Reply(text=choice.message.content, tokens=tokens, is_whole=choice.finish_reason != "length")
+
+
+async def _is_there(client: Any) -> bool:
+    """Whether the server says anything at all, be it an error."""
+    import openai
+
+    try:
+        await client.models.list()
+    except openai.APIConnectionError:
+        return False
+    except openai.APIError:
+        return True
+    return True
 
 
 def _is_passing(error: Exception) -> bool:

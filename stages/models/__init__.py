@@ -99,7 +99,9 @@ def _on_hub(reference: str, name: str) -> Path:
 def _refuse_pickles(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         others = sorted(path.name for path in folder.iterdir())[:5]
-        raise BadModelFile(f"models: {folder} has no .safetensors weights (found {', '.join(others)}); pickled weights are refused")
+        raise BadModelFile(
+            f"models: {folder} has no .safetensors weights (found {', '.join(others)}); pickled weights are refused"
+        )
 
 
 def _unpack_gguf(path: Path, folder: Path) -> None:

@@ -172,9 +172,7 @@ def read_records(path: Path, kind: type[Kind]) -> list[Kind]:
             try:
                 records.append(decoder.decode(line))
             except (msgspec.DecodeError, msgspec.ValidationError) as error:
-                raise BadRecord(
-                    f"{path}:{number}: not a {kind.__name__}: {error}. Rebuild it with: dvc repro --force"
-                ) from None
+                raise BadRecord(f"{path}:{number}: not a {kind.__name__}: {error}. Rebuild it with: dvc repro --force") from None
     return records
 
 

@@ -70,15 +70,21 @@ def test_a_server_that_exits_at_the_start_is_reported_with_its_last_line_and_cod
 def test_the_line_that_names_an_error_is_preferred_to_what_is_printed_after_it() -> None:
     program = "print('ValueError: bad head'); print('see the manual', flush=True); raise SystemExit(1)"
     address = f"http://127.0.0.1:{free_port()}/health"
-    with pytest.raises(ServerFailed, match=r"ValueError: bad head$"), running_server("f", [sys.executable, "-c", program], {}, address, 20):
+    with (
+        pytest.raises(ServerFailed, match=r"ValueError: bad head$"),
+        running_server("f", [sys.executable, "-c", program], {}, address, 20),
+    ):
         pass
 
 
 def test_a_server_that_is_never_healthy_is_stopped(tmp_path: Path) -> None:
-    program = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); print('warming up', flush=True); time.sleep(60)"
+    program = (
+        "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); print('warming up', flush=True); time.sleep(60)"
+    )
     address = f"http://127.0.0.1:{free_port()}/health"
-    with pytest.raises(ServerFailed, match=r"fake was not ready after 1 s: warming up"), running_server(
-        "fake", [sys.executable, "-c", program, str(tmp_path / "pid")], {}, address, 1.4
+    with (
+        pytest.raises(ServerFailed, match=r"fake was not ready after 1 s: warming up"),
+        running_server("fake", [sys.executable, "-c", program, str(tmp_path / "pid")], {}, address, 1.4),
     ):
         pass
     assert not is_alive(int((tmp_path / "pid").read_text()))
@@ -100,7 +106,8 @@ def test_a_server_ends_when_the_program_that_started_it_is_killed(tmp_path: Path
     port = free_port()
     program = (
         "import sys, time; from stages.llm.child import running_server\n"
-        "with running_server('fake', [sys.executable, '-c', *sys.argv[1:4]], {}, sys.argv[4], 20): print('up', flush=True); time.sleep(60)"
+        "with running_server('fake', [sys.executable, '-c', *sys.argv[1:4]], {}, sys.argv[4], 20):\n"
+        "    print('up', flush=True); time.sleep(60)"
     )
     arguments = [SERVER, str(port), str(tmp_path / "pids"), f"http://127.0.0.1:{port}/health"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -61,7 +61,10 @@ def test_a_reply_is_what_the_server_said_and_the_call_is_what_the_request_says(t
             "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "tea"}],
             "temperature": 0.7,
             "max_tokens": 20,
-            "response_format": {"type": "json_schema", "json_schema": {"name": "reply", "schema": {"type": "object"}, "strict": True}},
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "reply", "schema": {"type": "object"}, "strict": True},
+            },
         }
     ]
 

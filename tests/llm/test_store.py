@@ -65,7 +65,8 @@ def test_the_key_changes_with_every_field_of_a_request() -> None:
 
 def test_equal_requests_have_one_key_in_every_process() -> None:
     assert request_key(REQUEST) == request_key(msgspec.structs.replace(REQUEST))
-    # sha256 of {"model_sha256":"ab","messages":[["system","s"],["user","u"]],"temperature":0.5,"max_tokens":9,"seed":1,"schema":null}
+    # sha256sum of {"model_sha256":"ab","messages":[["system","s"],["user","u"]],
+    # "temperature":0.5,"max_tokens":9,"seed":1,"schema":null} on one line without blanks
     assert request_key(REQUEST).startswith("36558a301115fd0a")
 
 
