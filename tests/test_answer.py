@@ -28,7 +28,7 @@ def requests() -> dict[str, Request]:
 @pytest.fixture(scope="module")
 def replies(base_folder: Path, requests: dict[str, Request]) -> dict[str, Reply]:
     """The base model's replies to all three questions in one batch."""
-    return write_with_transformers(base_folder, requests, batch_size=3)
+    return dict(write_with_transformers(base_folder, requests, batch_size=3))
 
 
 def test_a_request_puts_the_system_prompt_first_and_decodes_greedily(requests: dict[str, Request]) -> None:
@@ -47,7 +47,7 @@ def test_another_model_or_system_prompt_or_limit_is_another_request(requests: di
 
 
 def test_replies_are_the_same_in_every_run(base_folder: Path, requests: dict[str, Request], replies: dict[str, Reply]) -> None:
-    assert write_with_transformers(base_folder, requests, batch_size=3) == replies
+    assert dict(write_with_transformers(base_folder, requests, batch_size=3)) == replies
     assert len(set(replies.values())) == 3
 
 
@@ -55,7 +55,7 @@ def test_a_prompt_gets_its_own_reply_alone_and_in_a_batch(
     base_folder: Path, requests: dict[str, Request], replies: dict[str, Reply]
 ) -> None:
     some = {text: requests[text] for text in TEXTS[:2]}
-    alone = write_with_transformers(base_folder, some, batch_size=1)
+    alone = dict(write_with_transformers(base_folder, some, batch_size=1))
     assert sorted(replies) == sorted(TEXTS)
     assert "sky" in alone[TEXTS[0]].text
     assert "sky" in replies[TEXTS[0]].text
@@ -74,9 +74,7 @@ def test_the_token_count_and_the_cut_are_those_of_the_reply(base_folder: Path, r
 
 def test_an_answer_that_ends_by_itself_is_whole(base_folder: Path) -> None:
     chat = Chat("Answer with one word.", 40, 512)
-    (reply,) = write_with_transformers(
-        base_folder, requests_for([question("What is the capital of France?")], chat, "m"), 1
-    ).values()
+    ((_, reply),) = write_with_transformers(base_folder, requests_for([question("What is the capital of France?")], chat, "m"), 1)
     assert reply.is_whole
     assert 0 < reply.tokens < 40
 

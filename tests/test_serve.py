@@ -76,7 +76,10 @@ def test_a_question_is_answered_and_asked_again_it_is_answered_the_same(address:
 
 def test_more_questions_than_slots_are_all_answered(address: str) -> None:
     with ThreadPoolExecutor(8) as pool:
-        ask = lambda number: httpx.post(f"{address}/chat", json={"question": f"What is {number}?"}, timeout=60)
+
+        def ask(number):
+            return httpx.post(f"{address}/chat", json={"question": f"What is {number}?"}, timeout=60)
+
         assert [reply.status_code for reply in pool.map(ask, range(8))] == [200] * 8
 
 

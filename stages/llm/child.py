@@ -58,10 +58,9 @@ def _wait_until_healthy(name: str, child: subprocess.Popen[bytes], health: str, 
     while time.monotonic() < deadline:
         if child.poll() is not None:
             raise ServerFailed(f"{name} stopped while it started (exit code {child.returncode}): {_last_words(log)}")
-        with contextlib.suppress(OSError, urllib.error.URLError):
-            with urllib.request.urlopen(health, timeout=2) as reply:
-                if reply.status == 200:
-                    return
+        with contextlib.suppress(OSError, urllib.error.URLError), urllib.request.urlopen(health, timeout=2) as reply:
+            if reply.status == 200:
+                return
         time.sleep(0.2)
     raise ServerFailed(f"{name} was not ready after {start_s:.0f} s: {_last_words(log)}")
 
