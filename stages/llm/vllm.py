@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,6 @@ def has_vllm() -> bool:
 @contextlib.contextmanager
 def vllm_server(folder: Path, context_tokens: int, parallel: int) -> Iterator[Endpoint]:
     """Serves the model in `folder` to `parallel` requests at once. Raises ServerFailed when it does not start."""
-    from stages.models import free_cores
-
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(folder), "--served-model-name", folder.name]
@@ -31,7 +30,7 @@ def vllm_server(folder: Path, context_tokens: int, parallel: int) -> Iterator[En
     environment = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     if not _has_cuda():
         command += ["--enforce-eager"]  # compiled starts a minute later, and a run here takes only a few
-        environment |= {"VLLM_CPU_OMP_THREADS_BIND": _all_cores(free_cores()), "VLLM_CPU_KVCACHE_SPACE": "2"}
+        environment |= {"VLLM_CPU_OMP_THREADS_BIND": _own_cores(), "VLLM_CPU_KVCACHE_SPACE": "2"}
     with running_server("vLLM", command, environment, f"http://127.0.0.1:{port}/health", START_S):
         yield Endpoint(url=f"http://127.0.0.1:{port}/v1", model=folder.name)
 
@@ -42,5 +41,5 @@ def _has_cuda() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def _all_cores(count: int) -> str:
-    return f"0-{count - 1}" if count > 1 else "0"  # the default keeps one core idle for the server itself
+def _own_cores() -> str:
+    return ",".join(map(str, sorted(os.sched_getaffinity(0))))  # the default keeps one core idle for the server itself

@@ -74,7 +74,9 @@ def _in_package(reference: str, name: str) -> Path:
     root = Path(spec.origin).resolve().parent
     path = (root / inside).resolve()
     if not path.is_relative_to(root) or not path.exists():
-        shipped = sorted(part.name for part in root.iterdir() if part.suffix == ".gguf" or part.is_dir())
+        shipped = sorted(
+            part.name for part in root.iterdir() if part.suffix == ".gguf" or (part.is_dir() and not part.name.startswith("_"))
+        )
         raise BadModelFile(f"models: {reference}: {module} has no {inside}; it has {', '.join(shipped)}")
     return path
 
