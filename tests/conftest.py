@@ -1,5 +1,7 @@
 """What several test files share: a base model, a small adapter for it, and one real export of both."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +28,13 @@ class Exported(NamedTuple):
     gguf: Path
     metrics: Path
     said: str
+
+
+@pytest.fixture(autouse=True)
+def no_tracking_server_from_another_test() -> Iterator[None]:
+    """mlflow.set_tracking_uri also sets MLFLOW_TRACKING_URI, which would outrank the next test's own params."""
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
 Turn = Literal["ok", "429", "500", "400", "slow", "reset", "no choices", "null", "not json", "html", "length"]
-SLOW_S = 1.0
+SLOW_S = 3.0
 
 
 def echo(body: dict[str, Any]) -> str:

@@ -72,7 +72,7 @@ def test_a_reply_is_what_the_server_said_and_the_call_is_what_the_request_says(t
 @pytest.mark.parametrize("passing", ["429", "500", "reset", "slow"])
 def test_what_may_pass_is_tried_again(passing: Turn, tmp_path: Path) -> None:
     with FakeEndpoint(lambda prompt, call: passing if call == 0 else "ok") as fake:
-        replies, tally = ask(fake, ask_about("tea"), tmp_path, timeout_s=0.3)
+        replies, tally = ask(fake, ask_about("tea"), tmp_path, timeout_s=1.0)
     assert replies == {"tea": Reply("echo tea", tokens=7)}
     assert (tally.answered, tally.failed) == (1, 0)
     assert fake.calls == {"tea": 2}
@@ -96,7 +96,7 @@ def test_what_does_not_pass_is_a_failed_reply_with_its_reason_and_the_others_are
 ) -> None:
     requests = ask_about("bad", "good", "better")
     with FakeEndpoint(lambda prompt, call: turn if prompt == "bad" else "ok") as fake:
-        replies, tally = ask(fake, requests, tmp_path, timeout_s=0.3)
+        replies, tally = ask(fake, requests, tmp_path, timeout_s=1.0)
     assert failed in replies["bad"].failed
     assert "\n" not in replies["bad"].failed
     assert replies["good"] == Reply("echo good", tokens=7)
@@ -186,4 +186,4 @@ def test_concurrency_is_the_number_of_calls_at_once(tmp_path: Path) -> None:
         _, tally = ask(fake, ask_about(*"abcdef"), tmp_path, concurrency=6)
     at_once = time.monotonic() - started
     assert tally.answered == 6
-    assert at_once < 4  # one after the other would take 6 s
+    assert at_once < 12  # one after the other would take 18 s

