@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo repro test lint doctor chat serve ui promote profile lock clean
+.PHONY: help setup demo repro test lint types doctor chat serve ui promote profile lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,9 +32,11 @@ repro: $(READY)  ## dvc repro: what changed since the last run
 test: $(READY)  ## the tests, a real run of the pipeline included
 	python -m pytest
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## ruff: rules and format
 	ruff check .
 	ruff format --check .
+
+types: $(READY)  ## mypy over the stages
 	mypy stages
 
 doctor: $(READY)  ## what this machine can run, and which profile fits
