@@ -1,7 +1,7 @@
-"""data/*.jsonl + reports/metrics + reports/loss.csv + params.yaml -> reports/report.md, report.html, loss.png, scores.png
+"""data/*.jsonl + reports/metrics + loss.csv + coverage.png + params.yaml -> reports/report.md, report.html, loss.png, scores.png
 
-Writes what a pull request shows: verdict, scores, samples, what was rejected, figures of the run, lineage. The same inputs give the
-same bytes; no model runs, it takes a few seconds.
+Writes what a pull request shows: verdict, scores, samples, what was rejected, coverage, figures of the run, lineage. The same inputs
+give the same bytes; no model runs, it takes a few seconds.
 """
 
 import base64
@@ -19,7 +19,7 @@ import msgspec
 from stages.files import new_file, sha256_of_file, write_text
 from stages.params import Count
 from stages.program import BadInput, BadParams, LimitBroken, run, say
-from stages.records import Answer, Document, Question, Rejected, Score, by_id, read_records
+from stages.records import Answer, Coverage, Document, Question, Rejected, Score, by_id, read_records
 from stages.scoreboard import COLUMNS, Interval, Scoreboard, figure, in_order, read_scoreboard, score_rows
 from stages.verdict import Gates, judge
 
@@ -28,7 +28,8 @@ MAX_ANSWER = 700  # characters of one text in report.md; report.html shows all o
 MAX_PARAMS = 16_000
 MAX_SOURCES = 20
 REJECTED_EXAMPLES = 5
-LINEAGE = ("documents", "chunks", "candidates", "pairs", "rejected", "train", "dev", "questions", "scores")
+UNCOVERED_EXAMPLES = 10
+LINEAGE = ("documents", "chunks", "candidates", "pairs", "rejected", "coverage", "train", "dev", "questions", "scores")
 NOT_MEASURED = "not measured"
 SETS = {
     "recall": ("Recall", "New wordings of facts that were trained: does the model know the documentation?"),
@@ -112,6 +113,17 @@ def run_rows(train: dict[str, Any], export: dict[str, Any], answer: dict[str, An
     for system in systems:
         rows.append((f"Inference speed, {system}", measured(dig(answer, "systems", system, "tokens_per_s"), "{:,.0f} tokens/s")))
     return rows
+
+
+def counted(counts: dict[str, int] | None) -> str:
+    """`counts` in words, most first: `factual 188, conceptual 82`."""
+    return measured(", ".join(f"{name} {count:,}" for name, count in Counter(counts or {}).most_common()))
+
+
+def uncovered_rows(sections: Sequence[Coverage]) -> list[Row]:
+    """The sections without a pair as rows of main reason, rejected candidates and section; those with most candidates first."""
+    bare = sorted((one for one in sections if not one.pairs), key=lambda one: (-one.rejected, one.source, one.path, one.start))
+    return [(one.reason, f"{one.rejected:,}", " > ".join((one.path, *one.heading_path))) for one in bare]
 
 
 def source_rows(documents: Sequence[Document]) -> list[Row]:
@@ -272,6 +284,7 @@ def main(
     metrics: Path,
     loss: Path,
     params: Path,
+    coverage_picture: Path,
     markdown: Path,
     page: Path,
     loss_picture: Path,
@@ -286,7 +299,9 @@ def main(
     if not served:
         raise BadParams(f"{params}: export.serve is missing; it names the quant that is shipped, as q8_0")
     board = read_scoreboard(metrics / "evaluate.json")
-    train, export, answer, validate = (_figures(metrics / f"{name}.json") for name in ("train", "export", "answer", "validate"))
+    train, export, answer, validate, coverage = (
+        _figures(metrics / f"{name}.json") for name in ("train", "export", "answer", "validate", "coverage")
+    )
     questions = read_records(data / "questions.jsonl", Question)
     said = [one for path in sorted((data / "answers").glob("*.jsonl")) for one in read_records(path, Answer)]
     answers = {(one.question_id, one.system): one for one in said}
@@ -311,6 +326,13 @@ def main(
         "counts": [measured(dig(validate, name), "{:,}") for name in ("candidates", "pairs", "rejected")],
         "by_rule": [(rule, f"{count:,}") for rule, count in Counter(dig(validate, "by_rule") or {}).most_common() if count],
         "rejected": [(", ".join(one.rules), one.question, one.answer) for one in spread(rejected, REJECTED_EXAMPLES)],
+        "covered": [
+            measured(dig(coverage, name), form) for name, form in (("sections", "{:,}"), ("covered", "{:,}"), ("share", "{:.1%}"))
+        ],
+        "pairs_by": [(name, counted(dig(coverage, f"pairs_by_{name}"))) for name in ("type", "recipe")],
+        "why_uncovered": counted(dig(coverage, "uncovered")),
+        "uncovered": uncovered_rows(read_records(data / "coverage.jsonl", Coverage)),
+        "max_uncovered": UNCOVERED_EXAMPLES,
         "samples": [
             answers_to(question, answers, scores) for question in pick_samples(questions, list(scores.values()), report.samples)
         ],
@@ -326,12 +348,10 @@ def main(
         "max_answer": MAX_ANSWER,
         "max_characters": f"{MAX_CHARACTERS:,}",
     }
-    pictures = {
-        name: Path(os.path.relpath(path, markdown.parent)).as_posix()
-        for name, path in (("scores", scores_picture), ("loss", loss_picture))
-    }
+    shown = {"scores": scores_picture, "loss": loss_picture, "coverage": coverage_picture}
+    pictures = {name: Path(os.path.relpath(path, markdown.parent)).as_posix() for name, path in shown.items()}
     write_text(markdown, in_one_comment(_template("report.md.jinja"), context | {"pictures": pictures}))
-    images = {"scores": _image(scores_picture), "loss": _image(loss_picture)}
+    images = {name: _image(path) for name, path in shown.items()}
     write_text(page, _template("report.html.jinja").render(context | {"pictures": images}))
     verdict = context["verdict"]
     say(f"report: {verdict.outcome}: {verdict.reason}")

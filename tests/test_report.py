@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from stages.program import BadInput, BadParams, LimitBroken
-from stages.records import Answer, Document, Question, Rejected, Score, content_id, write_records
+from stages.records import Answer, Coverage, Document, Question, Rejected, Score, content_id, write_records
 from stages.report import MAX_CHARACTERS, NOT_MEASURED, Params, clipped, duration, escaped, fenced, main, run_rows, spread
 from stages.scoreboard import Interval, Scoreboard, SetScores, SystemScores
 from stages.verdict import Gates
@@ -29,6 +29,14 @@ METRICS: dict[str, dict[str, Any]] = {
         "pairs": 456,
         "rejected": 778,
         "by_rule": {"quote_in_chunk": 700, "too_short": 90, "unused": 0},
+    },
+    "coverage": {
+        "sections": 1250,
+        "covered": 1237,
+        "share": 0.9896,
+        "uncovered": {"no-fact": 2, "too_short": 11},
+        "pairs_by_type": {"conceptual": 40, "factual": 416},
+        "pairs_by_recipe": {"quote-first": 456},
     },
 }
 
@@ -82,6 +90,9 @@ def write_run(folder: Path, reply: str = "It listens on port 5000.", questions: 
     write_records(data / "scores.jsonl", scores)
     broken = {"chunk_id": "c1", "question": "Port?", "answer": reply, "quote": "", "rules": ("quote_in_chunk", "too_short")}
     write_records(data / "rejected.jsonl", [Rejected(id=f"r{number:02}", **broken) for number in range(20)])
+    write_records(data / "coverage.jsonl", [section(number) for number in range(15)])
+    (folder / "reports").mkdir(exist_ok=True)
+    (folder / "reports/coverage.png").write_bytes(b"\x89PNG of the map")
     page = {"source": "handbook", "sha256": "f00", "revision": "", "title": "Page", "text": "Text"}
     write_records(data / "documents.jsonl", [Document(id=f"d{number}", path=f"page{number}.md", **page) for number in range(7)])
     metrics.mkdir(parents=True)
@@ -93,7 +104,22 @@ def write_run(folder: Path, reply: str = "It listens on port 5000.", questions: 
     (folder / "reports/loss.csv").write_text("\n".join(["step,loss,split", *curve]) + "\n")
     (folder / "params.yaml").write_text(PARAMS)
     written = ["report.md", "report.html", "loss.png", "scores.png"]
-    return [data, metrics, folder / "reports/loss.csv", folder / "params.yaml", *(folder / "reports" / name for name in written)]
+    return [
+        data,
+        metrics,
+        folder / "reports/loss.csv",
+        folder / "params.yaml",
+        folder / "reports/coverage.png",
+        *(folder / "reports" / name for name in written),
+    ]
+
+
+def section(number: int) -> Coverage:
+    """Sections 0 and 1 have pairs, and 14 lost most candidates."""
+    counts = {"chunks": 1, "facts": 1, "candidates": number, "pairs": int(number < 2), "rejected": number if number > 1 else 0}
+    nothing: dict[str, Any] = {"pairs_by_type": {}, "pairs_by_recipe": {}, "rejected_by_rule": {}, "failures_by_reason": {}}
+    place: dict[str, Any] = {"source": "handbook", "path": "page.md", "heading_path": ("Page", f"Part {number}"), "start": number}
+    return Coverage(id=f"s{number:02}", reason="" if number < 2 else "too_short", retried=False, **counts, **nothing, **place)
 
 
 def write_scores(folder: Path, scores: Scoreboard) -> None:
@@ -102,7 +128,7 @@ def write_scores(folder: Path, scores: Scoreboard) -> None:
 
 def write_report(paths: list[Path], samples: int = 3, gates: Gates = GATES) -> tuple[str, str]:
     main(*paths, report=Params(samples=samples), promote=gates)
-    return paths[4].read_text(encoding="utf-8"), paths[5].read_text(encoding="utf-8")
+    return paths[5].read_text(encoding="utf-8"), paths[6].read_text(encoding="utf-8")
 
 
 def test_the_report_opens_with_the_verdict_and_shows_scores_rejections_figures_and_lineage(tmp_path: Path) -> None:
@@ -127,6 +153,31 @@ def test_the_report_opens_with_the_verdict_and_shows_scores_rejections_figures_a
         assert text in page
 
 
+def test_coverage_is_shown_with_its_picture_and_the_sections_that_lost_most_candidates(tmp_path: Path) -> None:
+    markdown, page = write_report(write_run(tmp_path))
+    said = "Of 1,250 sections 1,237 have a pair (99.0 %). Pairs by type: factual 416, conceptual 40. Pairs by recipe: quote-first 456."
+    part = markdown.split("## Coverage\n\n")[1].split("\n## ")[0]
+    assert (
+        part.startswith(f"{said}\n\n![Number of pairs of each section, by document](coverage.png)\n\n<details>") and said in page
+    )
+    assert "<summary>13 sections without a pair</summary>\n\nMain reasons: too\\_short 11, no-fact 2.\n\n" in part
+    rows = re.findall(r"\| too\\_short \| (\d+) \| page.md &gt; Page &gt; Part (\d+) \|", part)
+    assert rows == [(str(number), str(number)) for number in range(14, 4, -1)]
+    assert "\nThe other 3 are in coverage.jsonl.\n\n</details>\n" in part and "| coverage.jsonl | 15 |" in markdown
+    assert (
+        "data:image/png;base64,iVBORyBvZiB0aGUgbWFw" in page and "page.md &gt; Page &gt; Part 5" in page and "Part 4" not in page
+    )
+
+
+def test_few_sections_without_a_pair_are_all_listed_and_none_need_no_fold(tmp_path: Path) -> None:
+    paths = write_run(tmp_path)
+    write_records(paths[0] / "coverage.jsonl", [section(number) for number in (0, 1, 2)])
+    markdown, page = write_report(paths)
+    assert "<summary>1 section without a pair</summary>" in markdown and "are in coverage.jsonl" not in markdown + page
+    write_records(paths[0] / "coverage.jsonl", [section(number) for number in (0, 1)])
+    assert "without a pair" not in "".join(write_report(paths))
+
+
 def test_a_figure_that_is_missing_reads_as_not_measured_and_never_as_zero(tmp_path: Path) -> None:
     rows = dict(run_rows({"steps": 0}, {"files": {"a.gguf": {}}}, {}, ["base"]))
     assert rows["Steps"] == "0"
@@ -137,6 +188,7 @@ def test_a_figure_that_is_missing_reads_as_not_measured_and_never_as_zero(tmp_pa
         (paths[1] / f"{name}.json").unlink()
     markdown, _ = write_report(paths)
     assert "Of not measured candidates" in markdown and "| Training time | not measured |" in markdown
+    assert "Of not measured sections not measured have a pair (not measured). Pairs by type: not measured." in markdown
 
 
 def test_the_verdict_is_the_one_that_promote_acts_on(tmp_path: Path) -> None:
@@ -206,9 +258,9 @@ def test_a_report_that_no_comment_can_hold_is_an_error(tmp_path: Path) -> None:
 def test_two_runs_give_the_same_bytes_and_pictures_name_no_software(tmp_path: Path) -> None:
     paths = write_run(tmp_path)
     write_report(paths)
-    first = [path.read_bytes() for path in paths[4:]]
+    first = [path.read_bytes() for path in paths[5:]]
     write_report(paths)
-    assert [path.read_bytes() for path in paths[4:]] == first
+    assert [path.read_bytes() for path in paths[5:]] == first
     for picture in first[2:]:
         width, height = struct.unpack(">II", picture[16:24])
         assert picture.startswith(b"\x89PNG") and width > 900 and height > 400 and b"matplotlib" not in picture
@@ -217,11 +269,11 @@ def test_two_runs_give_the_same_bytes_and_pictures_name_no_software(tmp_path: Pa
 def test_a_changed_loss_or_score_changes_its_picture(tmp_path: Path) -> None:
     paths = write_run(tmp_path)
     write_report(paths)
-    loss, scores = paths[6].read_bytes(), paths[7].read_bytes()
+    loss, scores = paths[7].read_bytes(), paths[8].read_bytes()
     paths[2].write_text("step,loss,split\n5,2.0,train\n")
     write_scores(tmp_path, Scoreboard(confidence=0.95, recall=scores_of(6)))
     write_report(paths)
-    assert paths[6].read_bytes() != loss and paths[7].read_bytes() != scores
+    assert paths[7].read_bytes() != loss and paths[8].read_bytes() != scores
 
 
 @pytest.mark.parametrize("line", ["5,low,train", "5,2.0,test", "5,2.0", ",2.0,dev"])

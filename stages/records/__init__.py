@@ -14,6 +14,8 @@ Text = Annotated[str, msgspec.Meta(min_length=1)]
 Offset = Annotated[int, msgspec.Meta(ge=0)]
 QuestionType = Literal["factual", "conceptual", "procedural"]
 Role = Literal["system", "user", "assistant"]
+Dimension = Literal["faithfulness", "answerability", "usefulness"]  # what a judge rates
+Rating = Literal[1, 2, 3, 4, 5]
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,7 +45,7 @@ class Document(Record):
 
 
 class Chunk(Record):
-    """A piece of a document. id = hash(heading path, text): text added elsewhere leaves it unchanged."""
+    """A piece of a document. id = hash(heading path, text with white space folded): text added elsewhere leaves it unchanged."""
 
     document_id: Text
     section_id: Text  # hash(path, heading path): what splits keep together
@@ -52,6 +54,11 @@ class Chunk(Record):
     start: Offset  # characters into Document.text
     end: Offset
     text: Text
+    fence: str = ""  # of the code block that the text begins inside of, as ```
+
+    def markdown(self) -> str:
+        """The text as Markdown that stands alone."""
+        return f"{self.fence}\n{self.text}" if self.fence else self.text
 
 
 class Failure(Record):
@@ -71,12 +78,32 @@ class Candidate(Record):
     answer: str
     quote: str  # verbatim evidence, claimed and not yet verified
     type: QuestionType
-    recipe: Literal["quote-first", "free"]
+    recipe: Text  # how generate asked: quote-first, free, ...
     model: Text
-    sample: Offset
     similarity: float  # cosine of question and quote
     rank: Offset  # place of the own quote among all quotes by that cosine; 1 is first
     wording: Offset  # place among the samples of one fact, best first; 1 is the best
+
+
+class Judgement(Record):
+    """A judge's ratings of a candidate, from 1 to 5. id = the candidate's. Without a usable reply they are null, never a number."""
+
+    status: Literal["scored", "unparsed", "failed"]  # failed: the call gave no reply at all
+    faithfulness: Rating | None  # the chunk says what the answer says
+    answerability: Rating | None  # the chunk holds what the question asks for
+    usefulness: Rating | None  # a reader would ask this, and the answer helps
+    too_low: tuple[Dimension, ...]  # those below judge.min_score
+    reason: str  # the judge's own, or why there is no rating
+
+
+class Curated(Record):
+    """A pair brought in from outside, with its evidence. id = hash(question, answer)."""
+
+    question: Text
+    answer: Text
+    quote: Text  # verbatim from a chunk, white space folded
+    type: QuestionType
+    origin: Text  # the name of the file that it came in
 
 
 class Pair(Record):
@@ -107,6 +134,26 @@ class Rejected(Record):
     answer: str
     quote: str
     rules: tuple[str, ...]
+
+
+class Coverage(Record):
+    """What came of one section. id = its section_id; each count is one of rows, and rules and reasons are counted by name."""
+
+    source: Text
+    path: Text
+    heading_path: tuple[str, ...]
+    start: Offset  # of its first chunk, characters into Document.text
+    chunks: Offset
+    facts: Offset  # that its candidates ask about
+    candidates: Offset
+    pairs: Offset
+    pairs_by_type: dict[str, int]
+    pairs_by_recipe: dict[str, int]
+    rejected: Offset
+    rejected_by_rule: dict[str, int]  # a candidate may break several rules
+    failures_by_reason: dict[str, int]
+    retried: bool  # asked again with another recipe, as the first gave nothing
+    reason: str  # the main one for having no pair; empty where there is a pair
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
