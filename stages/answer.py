@@ -4,8 +4,10 @@ One rendering of the conversation, greedy decoding, the same token limit for all
 llama.cpp: the file that is scored is the file that ships. Answers are kept in data/store, so a rerun asks only what changed.
 """
 
+import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import msgspec
 
 from stages.chats import with_system
 from stages.files import new_folder, sha256_of, write_json
-from stages.llm import Reply, Request, Store, ask_all, request_key
+from stages.llm import Endpoint, Keep, Reply, Request, Store, Tally, ask_all, ask_missing, request_key
 from stages.llm.llama_cpp import llama_server
 from stages.models import as_hf_folder, free_cores, load_tokenizer
 from stages.params import Chat, Models, Positive
@@ -37,8 +39,11 @@ def requests_for(questions: list[Question], chat: Chat, model_sha256: str) -> di
     return requests
 
 
-def write_with_transformers(folder: Path, requests: Mapping[str, Request], batch_size: int) -> Iterator[tuple[str, Reply]]:
-    """(key, greedy reply) for each request by the model in `folder`, in batches of prompts of similar length."""
+def write_with_transformers(folder: Path, batch_size: int, requests: Mapping[str, Request], keep: Keep) -> float:
+    """Keeps a greedy reply to each request by the model in `folder`, in batches of prompts of similar length.
+
+    Gives the seconds that it took, without the model's start.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -51,6 +56,7 @@ def write_with_transformers(folder: Path, requests: Mapping[str, Request], batch
     ).eval()
     prompts = {key: _prompt(tokenizer, request) for key, request in requests.items()}
     order = sorted(prompts, key=lambda key: (len(prompts[key]), key))
+    started = time.monotonic()
     for start in progress(range(0, len(order), batch_size), f"answer {folder.name}", unit="batch"):
         keys = order[start : start + batch_size]
         batch = tokenizer([prompts[key] for key in keys], return_tensors="pt", padding=True, add_special_tokens=False).to(
@@ -62,12 +68,25 @@ def write_with_transformers(folder: Path, requests: Mapping[str, Request], batch
         for key, row in zip(keys, tokens[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             length = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
             text = tokenizer.decode(row[:length], skip_special_tokens=True)
-            yield key, Reply(text=text.strip(), tokens=length, is_whole=length < limit)
+            keep(key, Reply(text=text.strip(), tokens=length, is_whole=length < limit))
+    return time.monotonic() - started
 
 
 def _prompt(tokenizer: Any, request: Request) -> str:
     conversation = [{"role": role, "content": content} for role, content in request.messages]
     return str(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
+
+
+def ask_llama(
+    gguf: Path, requests: Mapping[str, Request], kept: Store, chat: Chat, answer: Params
+) -> tuple[dict[str, Reply], Tally]:
+    """`ask_all` of the model in the file `gguf`, by a server that is started when a reply is missing."""
+    with contextlib.ExitStack() as servers:
+
+        def endpoints() -> list[Endpoint]:
+            return [servers.enter_context(llama_server(gguf, chat.context_tokens, answer.concurrency))]
+
+        return ask_all(requests, kept, endpoints, answer.concurrency, answer.timeout_s, f"answer {gguf.stem}")
 
 
 def main(
@@ -88,43 +107,23 @@ def main(
     quants = {path.stem.removeprefix("docsmith-"): path for path in sorted(gguf.glob("*.gguf"))}
     if not quants:
         raise BadInput(f"{gguf} holds no .gguf file. Build it with: dvc repro export")
-    kept = Store(store)
+    kept = Store(store, "answer")
     replies: dict[str, dict[str, Reply]] = {}
     speeds: dict[str, dict[str, float | int | None]] = {}
-
-    for system, folder in {"base": as_hf_folder(models.base), "tuned": merged}.items():
-        requests = requests_for(asked, chat, sha256_of(folder))
-        keys = {question_id: request_key(request) for question_id, request in requests.items()}
-        known = kept.find(keys.values())
-        missing = {keys[question_id]: request for question_id, request in requests.items() if keys[question_id] not in known}
-        started = time.monotonic()
-        tokens = 0
-        for key, reply in write_with_transformers(folder, missing, answer.batch_size) if missing else ():
-            kept.keep(key, reply)
-            known[key] = reply
-            tokens += reply.tokens
-        replies[system] = {question_id: known[key] for question_id, key in keys.items()}
-        speeds[system] = speed(len(asked), len(missing), tokens, time.monotonic() - started)
-
-    for system, path in quants.items():
+    for system, path in {"base": as_hf_folder(models.base), "tuned": merged, **quants}.items():
         requests = requests_for(asked, chat, sha256_of(path))
-        keys = {question_id: request_key(request) for question_id, request in requests.items()}
-        found, tally = ask_all(
-            {keys[question_id]: request for question_id, request in requests.items()},
-            kept,
-            lambda path=path: llama_server(path, chat.context_tokens, answer.concurrency),  # type: ignore[misc]
-            answer.concurrency,
-            answer.timeout_s,
-            f"answer {system}",
-        )
+        keyed = {request_key(request): request for request in requests.values()}
+        if system in quants:
+            found, tally = ask_llama(path, keyed, kept, chat, answer)
+        else:
+            found, tally = ask_missing(keyed, kept, partial(write_with_transformers, path, answer.batch_size))
         if tally.failed:
             reason = next(reply.failed for reply in found.values() if reply.failed)
             raise LimitBroken(
                 f"{system}: {tally.failed} of {tally.requests} questions got no answer ({reason}); the others are kept. Resume with: dvc repro"
             )
-        replies[system] = {question_id: found[key] for question_id, key in keys.items()}
+        replies[system] = {question_id: found[request_key(request)] for question_id, request in requests.items()}
         speeds[system] = speed(len(asked), tally.answered, tally.new_tokens, tally.seconds)
-
     kept.close()
     with new_folder(answers) as draft:
         for system, by_question in replies.items():

@@ -1,83 +1,67 @@
-"""data/chunks.jsonl -> data/candidates.jsonl + data/generate_failures.jsonl: questions and answers with evidence, by a teacher model.
+"""data/chunks.jsonl + data/curated.jsonl -> data/candidates.jsonl + data/generate_failures.jsonl: questions and answers with evidence.
 
-Two recipes. `quote-first` picks sentences of the chunk as answers and asks the model for the question of each, several times: what a
-small model can do, and grounded by construction. `free` asks for question, answer and verbatim quote at once: for larger models.
-Costs one call per fact and sample (or per chunk and type); replies are kept in data/store, so a rerun asks only what changed.
+`quote-first` picks passages of a chunk as answers, offers questions made from their words, and lets the teacher choose how to ask: what
+a small model can do, and grounded by construction. `free` asks for question, answer and verbatim quote at once: for larger models.
+`synthetic-data-kit` asks with that tool's prompts and reads with its parser. A section that got nothing sound is tried again in another way.
+Costs one call per fact (or per chunk and type); replies are kept in data/store, so a rerun asks only what changed.
 """
 
 import contextlib
+import functools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 
+from stages.evidence import locate, passages_of
 from stages.files import write_json
-from stages.llm import Endpoint, Engine, Reply, Request, Store, ask_all, request_key, serve_model
-from stages.models import load_embedder, model_sha256
-from stages.params import Count, Models, NonNegative, Positive
+from stages.llm import Endpoint, Engine, Reply, Store, Tally, ask_all, endpoints_for, served_model
+from stages.models import as_hf_folder, load_embedder, load_tokenizer
+from stages.params import Count, Models, NonNegative, Positive, Share
 from stages.program import BadInput, LimitBroken, run, say
-from stages.records import Candidate, Chunk, Failure, QuestionType, content_id, read_records, write_records
+from stages.recipes import Ask, Draft, Recipe, asks_about, drafts_in, faults_of, naming, repair_of, retries_of, with_evidence
+from stages.records import Candidate, Chunk, Curated, Failure, QuestionType, content_id, read_records, write_records
 
-PROMPTS = Path(__file__).with_name("generate_prompts.yaml")
 CONTEXT_TOKENS = 2048
-QUESTION_SCHEMA = {
-    "type": "object",
-    "properties": {"question": {"type": "string", "minLength": 10, "maxLength": 160}},
-    "required": ["question"],
-    "additionalProperties": False,
-}
-PAIR_SCHEMA = {
-    "type": "object",
-    "properties": {name: {"type": "string", "minLength": 1} for name in ("question", "answer", "quote")},
-    "required": ["question", "answer", "quote"],
-    "additionalProperties": False,
-}
+TIE = 0.03  # cosine; of 43 questions that another passage beat, those beaten by less were right by hand
+
+Embed = Callable[[list[str]], Any]  # texts -> unit vectors, shape (n, d)
 
 
 class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    recipe: Literal["quote-first", "free"]
-    endpoint: str
+    recipe: Recipe
+    endpoints: tuple[Endpoint, ...]
     engine: Engine
     types: Annotated[tuple[QuestionType, ...], msgspec.Meta(min_length=1)]
     pairs_per_chunk: Positive
-    samples: Positive
+    wordings: Positive
     temperature: NonNegative
     max_tokens: Positive
     seed: Count
+    min_similarity: Share
     max_chunks: Count
     concurrency: Positive
     timeout_s: Positive
 
 
-class Fact(msgspec.Struct, frozen=True):
-    """A sentence (or two) of a chunk that can stand as an answer."""
-
-    quote: str  # verbatim, white space folded
-    answer: str  # the quote without link targets and tags
-    type: QuestionType
-
-
-class Ask(msgspec.Struct, frozen=True):
-    """A request and what it is about; `fact` is None in the recipe `free`."""
-
-    chunk: Chunk
-    fact: Fact | None
-    type: QuestionType
-    sample: int
-    request: Request
-
-
-class Draft(msgspec.Struct, frozen=True):
-    """A question and answer out of a reply, not yet ranked."""
+class Asked(msgspec.Struct, frozen=True):
+    """A request and what came of it: `drafts`, or else the reason why there are none."""
 
     ask: Ask
-    question: str
-    answer: str
-    quote: str
+    reply: Reply
+    drafts: tuple[Draft, ...] = ()
+    detail: str = ""
+
+
+class Ranked(msgspec.Struct, frozen=True):
+    """A draft and its round trip."""
+
+    draft: Draft
+    similarity: float  # cosine of question and own evidence
+    rank: int  # 1 + how many other passages are nearer to the question
 
 
 def spread(chunks: Sequence[Chunk], limit: int) -> list[Chunk]:
@@ -91,289 +75,273 @@ def spread(chunks: Sequence[Chunk], limit: int) -> list[Chunk]:
     return [by_document[key][turn] for turn, key in sorted(turns)[:limit]]
 
 
-SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!etc\.)(?<!vs\.)\s+(?=[A-Z`\[\"*(])")
-LEANS_ON_BEFORE = re.compile(
-    r"(?i)^\W*(it|its|this|that|these|those|they|them|then|there|he|she|such|here|also|however|note|see|otherwise|but|and|or|so|for example)\b"
-)
-MIN_FACT_CHARS, MAX_FACT_CHARS = 40, 320
-
-
-def facts_of(chunk: Chunk, limit: int, types: Sequence[QuestionType]) -> list[Fact]:
-    """Up to `limit` facts of `chunk`, spread over it: sentences of its paragraphs, list items and table-free text.
-
-    A sentence that leans on the one before ("It ...", "This ...") is taken together with it. Too short and too long ones are left out.
-    """
-    facts = []
-    for paragraph in paragraphs_of(chunk.text):
-        before = ""
-        for sentence in SENTENCE_END.split(paragraph):
-            sentence = sentence.strip()
-            quote = f"{before} {sentence}" if LEANS_ON_BEFORE.match(sentence) and before else sentence
-            before = sentence
-            answer = readable(quote)
-            is_whole = answer.endswith((".", "!")) and not LEANS_ON_BEFORE.match(answer)
-            if is_whole and MIN_FACT_CHARS <= len(answer) <= MAX_FACT_CHARS:
-                facts.append(Fact(quote=quote, answer=answer, type=type_of(answer, types)))
-    step = max(1.0, len(facts) / limit)
-    return [facts[int(place * step)] for place in range(min(limit, len(facts)))]
-
-
-def paragraphs_of(text: str) -> list[str]:
-    """The paragraphs and list items of a Markdown text as written, white space folded; those that markers break up are left out."""
-    from markdown_it import MarkdownIt
-
-    whole = fold(text)
-    tokens = MarkdownIt("commonmark").enable("table").parse(text)
-    opened = [before.type for before in tokens]
-    inlines = [fold(token.content) for kind, token in zip(opened, tokens[1:], strict=False) if kind == "paragraph_open"]
-    return [inline for inline in inlines if inline and inline in whole]
-
-
-def readable(quote: str) -> str:
-    """A quote as an answer: its words and code, without link targets, tags and emphasis."""
-    from markdown_it import MarkdownIt
-
-    # a reference link's target is defined elsewhere on the page: its brackets are markup all the same
-    words = re.sub(r"\[([^\[\]]+)\](\[[^\]]*\])?(?!\()", r"\1", quote) if "`" not in quote else quote
-    inline = MarkdownIt("commonmark").parseInline(words)[0]
-    parts = [f"`{child.content}`" if child.type == "code_inline" else child.content for child in inline.children or []]
-    kinds = [child.type for child in inline.children or []]
-    return fold(
-        "".join(part if kind != "softbreak" else " " for kind, part in zip(kinds, parts, strict=True) if kind != "html_inline")
-    )
-
-
-def fold(text: str) -> str:
-    """`text` with every run of white space as one blank."""
-    return " ".join(text.split())
-
-
-PROCEDURAL = re.compile(
-    r"(?i)^(to |use |run |set |add |open |choose |install |start |write |put |call |pass |type |create |first|if you want)|\b(you can|by running|run `|use `)"
-)
-CONCEPTUAL = re.compile(r"(?i)\b(is an? |are |means |because |so that |allows |instead of |purpose |refers to |without )")
-
-
-def type_of(answer: str, types: Sequence[QuestionType]) -> QuestionType:
-    """The question type that suits `answer` by its wording, of those in `types`."""
-    if PROCEDURAL.search(answer) and "procedural" in types:
-        return "procedural"
-    if CONCEPTUAL.search(answer) and "conceptual" in types:
-        return "conceptual"
-    return "factual" if "factual" in types else types[0]
-
-
-def asks_quote_first(chunk: Chunk, generate: Params, prompts: Any, model: str) -> list[Ask]:
-    """`samples` requests for each fact of `chunk`."""
-    asks = []
-    for fact in facts_of(chunk, generate.pairs_per_chunk, generate.types):
-        messages = [("system", prompts["system"])]
-        for example in prompts["examples"][fact.type]:
-            messages.append(("user", prompts["user"].format(type=fact.type, **example)))
-            messages.append(("assistant", msgspec.json.encode({"question": example["question"]}).decode()))
-        messages.append(("user", prompts["user"].format(topic=topic_of(chunk), quote=fact.answer, type=fact.type)))
-        for sample in range(generate.samples):
-            request = request_for(tuple(messages), QUESTION_SCHEMA, generate, sample, model)
-            asks.append(Ask(chunk, fact, fact.type, sample, request))
-    return asks
-
-
-def asks_free(chunk: Chunk, generate: Params, prompts: Any, model: str) -> list[Ask]:
-    """One request for each question type, for `pairs_per_chunk` pairs in all; the types take turns over the chunks."""
-    turn = int(chunk.id, 16)
-    share = Counter(generate.types[(turn + pair) % len(generate.types)] for pair in range(generate.pairs_per_chunk))
-    asks = []
-    for kind, pairs in sorted(share.items()):
-        schema = {
-            "type": "object",
-            "properties": {"pairs": {"type": "array", "items": PAIR_SCHEMA, "minItems": pairs, "maxItems": pairs}},
-            "required": ["pairs"],
-            "additionalProperties": False,
-        }
-        user = prompts["user"].format(topic=topic_of(chunk), text=chunk.text.strip(), type=kind, pairs=pairs)
-        messages = (("system", prompts["system"].strip()), ("user", user))
-        asks.append(Ask(chunk, None, kind, 0, request_for(messages, schema, generate, 0, model)))
-    return asks
-
-
-def topic_of(chunk: Chunk) -> str:
-    return " > ".join(chunk.heading_path) or Path(chunk.path).stem
-
-
-def request_for(messages: tuple[tuple[str, str], ...], schema: Any, generate: Params, sample: int, model: str) -> Request:
-    return Request(
-        model_sha256=model,
-        messages=messages,
-        temperature=generate.temperature,
-        max_tokens=generate.max_tokens,
-        seed=generate.seed + sample,
-        schema=msgspec.Raw(msgspec.json.encode(schema, order="deterministic")),
-    )
-
-
-class OneQuestion(msgspec.Struct, forbid_unknown_fields=True):
-    question: str
-
-
-class OnePair(msgspec.Struct, forbid_unknown_fields=True):
-    question: str
-    answer: str
-    quote: str
-
-
-class Pairs(msgspec.Struct, forbid_unknown_fields=True):
-    pairs: list[OnePair]
-
-
-def drafts_of(ask: Ask, reply: Reply) -> list[Draft]:
-    """The drafts in `reply`. Raises ValueError, with the reason, when it holds none."""
-    if reply.failed:
-        raise ValueError(reply.failed)
-    if not reply.is_whole:
-        raise ValueError("cut at max_tokens")
+def read_reply(ask: Ask, reply: Reply) -> Asked:
+    """What came of `ask`."""
     try:
-        if ask.fact is not None:
-            question = msgspec.json.decode(reply.text, type=OneQuestion).question
-            return [Draft(ask, fold(question), ask.fact.answer, ask.fact.quote)]
-        pairs = msgspec.json.decode(reply.text, type=Pairs).pairs
-    except (msgspec.DecodeError, UnicodeError) as error:
-        raise ValueError(f"not the JSON asked for: {error}") from None
-    if not pairs:
-        raise ValueError("no pairs in the reply")
-    return [Draft(ask, fold(pair.question), pair.answer.strip(), fold(pair.quote)) for pair in pairs]
+        return Asked(ask, reply, tuple(drafts_in(ask, reply)))
+    except ValueError as error:
+        return Asked(ask, reply, detail=" ".join(str(error).split())[:300])
 
 
-def ranked(drafts: Sequence[Draft], embed: Any, model: str, recipe: Literal["quote-first", "free"]) -> list[Candidate]:
-    """`drafts` as candidates, with their round trip: how near question and quote are, and how many other quotes are nearer.
+def bare_sections(chunks: Sequence[Chunk], drafts: Iterable[Draft], embed: Embed, min_similarity: float) -> list[Chunk]:
+    """The first chunk of each section without a sound draft: one without a fault, and near enough to its evidence.
 
-    `embed` maps texts to unit vectors, shape (n, d). Equal questions for one fact stay one candidate, the earliest sample.
+    Whether a draft is sound depends on its own section alone, so that an edit elsewhere asks nothing again.
+    """
+    checked = [draft for draft in drafts if not faults_of(draft)]
+    near = (embed([draft.question for draft in checked]) * embed([ground(draft) for draft in checked])).sum(1) if checked else []
+    sound = {draft.chunk.section_id for draft, cosine in zip(checked, near, strict=True) if cosine >= min_similarity}
+    first: dict[str, Chunk] = {}
+    for chunk in sorted(chunks, key=lambda chunk: (chunk.path, chunk.start)):
+        first.setdefault(chunk.section_id, chunk)
+    return [chunk for section, chunk in first.items() if section not in sound]
+
+
+def ground(draft: Draft) -> str:
+    """What a draft's question should lead to: its answer under its headings."""
+    return f"{' > '.join(draft.chunk.heading_path)}: {draft.answer}"
+
+
+def round_trips(drafts: Sequence[Draft], chunks: Sequence[Chunk], embed: Embed) -> list[Ranked]:
+    """Each draft with its round trip through the passages of all `chunks`. A question that leads elsewhere is put again with its page's name.
+
+    Not elsewhere are passages that overlap the draft's own, lack a name that the question sets as code, or are nearer by less than TIE.
     """
     import numpy as np
 
-    first: dict[str, Draft] = {}
-    for draft in sorted(drafts, key=lambda draft: draft.ask.sample):
-        first.setdefault(content_id(draft.ask.chunk.id, draft.question, draft.answer), draft)
-    drafts = list(first.values())
-    grounds = [f"{topic_of(draft.ask.chunk)}: {draft.answer}" for draft in drafts]
-    distinct = sorted(set(grounds))
-    place = {ground: index for index, ground in enumerate(distinct)}
-    questions, quotes = embed([draft.question for draft in drafts]), embed(distinct)
-    rows = []
-    for draft, ground, vector in zip(drafts, grounds, questions, strict=True):
-        cosines = quotes @ vector
-        own = cosines[place[ground]]
-        rows.append((draft, float(own), 1 + int(np.count_nonzero(cosines > own))))
-    by_fact: dict[tuple[str, str], list[tuple[Draft, float, int]]] = defaultdict(list)
-    for row in rows:
-        by_fact[row[0].ask.chunk.id, row[0].quote].append(row)
-    candidates = []
-    for (chunk_id, quote), samples in by_fact.items():
-        samples.sort(key=lambda row: (row[2], -round(row[1], 4), row[0].question))
-        for wording, (draft, similarity, rank) in enumerate(samples, start=1):
-            candidates.append(
-                Candidate(
-                    id=content_id(chunk_id, draft.question, draft.answer),
-                    chunk_id=chunk_id,
-                    fact_id=content_id(chunk_id, quote),
-                    question=draft.question,
-                    answer=draft.answer,
-                    quote=quote,
-                    type=draft.ask.type,
-                    recipe=recipe,
-                    model=model,
-                    sample=draft.ask.sample,
-                    similarity=round(similarity, 4),
-                    rank=rank,
-                    wording=wording,
-                )
-            )
-    return candidates
+    if not drafts:
+        return []
+    others = sorted(
+        {
+            (f"{' > '.join(chunk.heading_path)}: {passage.answer}", passage.quote)
+            for chunk in chunks
+            for passage in passages_of(chunk.markdown())
+        }
+    )
+    places = embed([text for text, _ in others]) if others else np.zeros((0, 1))
+    own = embed([ground(draft) for draft in drafts])
+
+    def trip(questions: list[str]) -> list[tuple[float, int]]:
+        found = []
+        for draft, question, vector, evidence in zip(drafts, questions, embed(questions), own, strict=True):
+            similarity = float(vector @ evidence)
+            nearer = [others[place] for place in np.flatnonzero(places @ vector > similarity + TIE)] if others else []
+            elsewhere = [text for text, quote in nearer if quote not in draft.quote and draft.quote not in quote]
+            codes = re.findall("`[^`]+`", question)
+            rank = 1 + sum(1 for text in elsewhere if all(code in text for code in codes))
+            found.append((round(similarity, 4), rank))
+        return found
+
+    trips = []
+    named = [naming(draft) for draft in drafts]
+    plain = trip([draft.question for draft in drafts])
+    for draft, better, first, second in zip(drafts, named, plain, trip([draft.question for draft in named]), strict=True):
+        trips.append(Ranked(better, *second) if first[1] > 1 == second[1] else Ranked(draft, *first))
+    return trips
 
 
-def connection(generate: Params, models: Models) -> AbstractContextManager[Endpoint]:
-    """The endpoint in params.yaml, or a server started for the length of the stage."""
-    if not generate.endpoint:
-        return serve_model(models.teacher, generate.engine, CONTEXT_TOKENS, generate.concurrency)
-
-    @contextlib.contextmanager
-    def given() -> Iterator[Endpoint]:
-        yield Endpoint(url=generate.endpoint.rstrip("/"), model=models.teacher)
-
-    return given()
+def distinct(trips: Sequence[Ranked]) -> dict[str, Ranked]:
+    """Candidate id -> the first of `trips` that has it."""
+    found: dict[str, Ranked] = {}
+    for trip in trips:
+        found.setdefault(content_id(trip.draft.chunk.id, trip.draft.question, trip.draft.answer), trip)
+    return found
 
 
-def main(chunks: Path, store: Path, candidates: Path, failures: Path, metrics: Path, *, generate: Params, models: Models) -> None:
-    import yaml
+def candidates_of(trips: Mapping[str, Ranked], model: str) -> list[Candidate]:
+    """`trips` by id as candidates, the wordings of a fact numbered from the best round trip on."""
+    by_fact: dict[str, list[tuple[int, float, str, str]]] = defaultdict(list)
+    for name, trip in trips.items():
+        fact = content_id(trip.draft.chunk.id, trip.draft.quote)
+        by_fact[fact].append((trip.rank, -trip.similarity, trip.draft.question, name))
+    return [
+        Candidate(
+            id=name,
+            chunk_id=trips[name].draft.chunk.id,
+            fact_id=fact,
+            question=question,
+            answer=trips[name].draft.answer,
+            quote=trips[name].draft.quote,
+            type=trips[name].draft.type,
+            recipe=trips[name].draft.recipe,
+            model=model,
+            similarity=-similarity,
+            rank=rank,
+            wording=wording,
+        )
+        for fact, wordings in by_fact.items()
+        for wording, (rank, similarity, question, name) in enumerate(sorted(wordings), start=1)
+    ]
 
-    # a remote model has no file here: its name and address stand for it
-    model = f"{generate.endpoint} {models.teacher}" if generate.endpoint else model_sha256(models.teacher)
-    prompts = yaml.safe_load(PROMPTS.read_text(encoding="utf-8"))[generate.recipe]
+
+def curated_drafts(pairs: Sequence[Curated], chunks: Sequence[Chunk]) -> tuple[list[Draft], list[Failure]]:
+    """Pairs that people wrote or brought along, each under the first chunk that holds its quote; a failure for one whose quote is gone."""
+    drafts, lost = [], []
+    for pair in pairs:
+        chunk = next((chunk for chunk in chunks if locate(pair.quote, chunk.text)), None)
+        if chunk is None:
+            lost.append(failure(pair.id, "no-evidence", f"{pair.origin}: no chunk holds its quote"))
+        else:
+            drafts.append(Draft(chunk, "curated", pair.type, pair.question, pair.answer, pair.quote))
+    return drafts, lost
+
+
+def failure(parent_id: str, reason: str, detail: str) -> Failure:
+    return Failure(id=content_id(parent_id, reason, detail), parent_id=parent_id, reason=reason, detail=detail)
+
+
+def endings_of(asked: Sequence[Asked], useful: set[str]) -> tuple[Counter[str], list[Failure]]:
+    """How many requests were accepted, rejected and failed, and a failure for each that gave no candidate. `useful`: keys of those that did."""
+    endings: dict[str, str] = {}
+    lost = []
+    for one in asked:  # one sentence under one heading in two chunks is one request and two facts
+        key = one.ask.key
+        endings[key] = "failed" if one.reply.failed else "accepted" if key in useful else "rejected"
+        if endings[key] != "accepted":
+            reason = "call-failed" if one.reply.failed else "repeats-another" if one.drafts else "unusable-reply"
+            detail = one.detail or "each of its questions was there already"
+            lost.append(failure(one.ask.chunk.id, reason, f"{detail} (request {key[:12]})"))
+    return Counter(endings.values()), lost
+
+
+def estimate_of(
+    asks: Sequence[Ask], kept: Store, model: str, models: Models, prices: tuple[float, float], generate: Params
+) -> str:
+    """What asking would cost, from what the store has and the pace of earlier calls. `prices`: of a million prompt and new tokens."""
+    requests = {ask.key: ask.request for ask in asks}
+    known = kept.find(requests)
+    missing = [request for key, request in requests.items() if key not in known]
+    texts = [content for request in missing for _, content in request.messages]
+    prompt = sum(map(len, texts)) // 4  # characters in a token of English, about; a remote model's tokenizer is not here
+    if texts and not generate.endpoints:
+        prompt = sum(len(tokens) for tokens in load_tokenizer(as_hf_folder(models.teacher))(texts).input_ids)
+    rate = kept.rate(model)
+    new = round(rate.new_tokens * len(missing)) if rate else generate.max_tokens * len(missing)
+    line = f"{len(requests)} calls, {len(known)} of them kept: {len(missing)} to ask, {prompt:,} prompt tokens and "
+    line += f"{new:,} new ones, " if rate else f"at most {new:,} new ones, "
+    line += (
+        f"about {len(missing) / rate.calls_per_s / 60:.1f} min at the pace of earlier calls"
+        if rate
+        else "time not known before a first run"
+    )
+    if any(prices):
+        line += f", {prompt / 1e6 * prices[0] + new / 1e6 * prices[1]:.2f} at the given prices"
+    return line + "; repairs and second tries come on top"
+
+
+def main(
+    chunks: Path,
+    curated: Path,
+    store: Path,
+    candidates: Path,
+    failures: Path,
+    metrics: Path,
+    *,
+    generate: Params,
+    models: Models,
+    estimate: bool = False,
+    prune: bool = False,
+    prompt_price: float = 0.0,
+    new_price: float = 0.0,
+) -> None:
+    model = served_model(generate.endpoints, models.teacher)
     every = read_records(chunks, Chunk)
     chosen = spread(every, generate.max_chunks)
-    make_asks = asks_quote_first if generate.recipe == "quote-first" else asks_free
-    asks = {chunk.id: make_asks(chunk, generate, prompts, model) for chunk in chosen}
-    lost = [failure(chunk.id, "no-fact", "no sentence can stand as an answer") for chunk in chosen if not asks[chunk.id]]
-    lost += [failure(chunk.id, "not-chosen", "beyond generate.max_chunks") for chunk in every if chunk.id not in asks]
+    first = [ask for chunk in chosen for ask in asks_about(chunk, generate, model)]
+    with contextlib.closing(Store(store, "generate")) as kept, contextlib.ExitStack() as stack:
+        if estimate:
+            prices = (prompt_price, new_price)
+            say(f"generate: {len(chosen)} chunks, {estimate_of(first, kept, model, models, prices, generate)}")
+            return
+        connect = functools.cache(
+            lambda: endpoints_for(
+                stack, generate.endpoints, models.teacher, generate.engine, CONTEXT_TOKENS, generate.concurrency
+            )
+        )
+        tallies: list[Tally] = []
 
-    flat = [ask for some in asks.values() for ask in some]
-    if not flat:
-        raise BadInput(f"{chunks}: no chunk holds a sentence to ask about; add prose to the sources")
-    keyed = {request_key(ask.request): ask for ask in flat}
-    say(f"generate: {len(chosen)} chunks, {len(keyed)} calls for {generate.recipe}")
-    kept = Store(store)
-    replies, tally = ask_all(
-        {key: ask.request for key, ask in keyed.items()},
-        kept,
-        lambda: connection(generate, models),
-        generate.concurrency,
-        generate.timeout_s,
-        "generate",
-    )
-    kept.close()
+        def put(asks: Sequence[Ask], label: str) -> list[Asked]:
+            by_key = {ask.key: ask for ask in asks}
+            replies, tally = ask_all(
+                {key: ask.request for key, ask in by_key.items()},
+                kept,
+                connect,
+                generate.concurrency,
+                generate.timeout_s,
+                label,
+                groups={key: ask.chunk.id for key, ask in by_key.items()},
+                pairs_in=lambda key, reply: len(read_reply(by_key[key], reply).drafts),
+            )
+            tallies.append(tally)
+            return [read_reply(ask, replies[ask.key]) for ask in asks]
 
-    drafts: list[Draft] = []
-    unusable: dict[str, str] = {}  # request key -> reason
-    for ask in flat:  # not `keyed`: one sentence under one heading in two chunks is one request, and both chunks' fact
-        key = request_key(ask.request)
-        try:
-            drafts += drafts_of(ask, replies[key])
-        except ValueError as error:
-            reason = "unusable-reply" if not replies[key].failed else "call-failed"
-            unusable[key] = reason
-            lost.append(Failure(id=content_id(ask.chunk.id, key), parent_id=ask.chunk.id, reason=reason, detail=str(error)[:300]))
-    if not drafts:
-        detail = next((loss.detail for loss in lost if loss.reason in unusable.values()), "")
-        raise LimitBroken(f"none of {len(keyed)} calls gave a question ({detail}); check models.teacher and generate.max_tokens")
-    embedder = load_embedder(models.embedder)
-    found = ranked(
-        drafts, lambda texts: embedder.encode(texts, batch_size=64, normalize_embeddings=True), model[:16], generate.recipe
-    )
+        say(f"generate: {len(chosen)} chunks, {len(first)} requests for {generate.recipe}")
+        asked = put(first, "generate")
+        asked += put([repair for one in asked if (repair := repair_of(one.ask, one.reply, generate))], "repairs")
+        embed = embedding(models)
+        drafts = with_evidence([draft for one in asked for draft in one.drafts], embed)
+        bare = bare_sections(chosen, drafts, embed, generate.min_similarity)
+        retries = put([ask for chunk in bare for ask in retries_of(chunk, generate, model)], "second tries")
+        asked += retries
+        drafts += [draft for one in retries for draft in one.drafts]
+        keys = {one.ask.key for one in asked}
+        removed = kept.prune(keys) if prune else kept.size() - len(kept.find(keys))
+
+    brought, lost = curated_drafts(read_records(curated, Curated), every)
+    if not drafts and not brought:
+        if asked:
+            raise LimitBroken(
+                f"none of {len(asked)} calls gave a question ({asked[0].detail}); check models.teacher and generate.max_tokens"
+            )
+        raise BadInput(f"{chunks}: no chunk holds a passage to ask about; add prose to the sources")
+    trips = distinct(round_trips(drafts + brought, chosen, embed))
+    endings, fruitless = endings_of(asked, {trip.draft.key for trip in trips.values()})
+    heard = {one.ask.chunk.id for one in asked}
+    lost += fruitless
+    lost += [failure(chunk.id, "no-fact", "no passage can stand as an answer") for chunk in chosen if chunk.id not in heard]
+    lost += [failure(chunk.id, "not-chosen", "beyond generate.max_chunks") for chunk in set(every) - set(chosen)]
+    still_bare = bare_sections(chosen, drafts, embed, generate.min_similarity)
+    lost += [failure(chunk.id, "nothing-sound", "no question of its section is near its evidence") for chunk in still_bare]
+    found = candidates_of(trips, model[:16])
     write_records(candidates, found)
     write_records(failures, lost)
-    repeated = len(drafts) - len(found)
-    answered = len(keyed) - len(unusable)
-    write_json(
-        metrics,
-        {
-            "chunks": len(chosen),
-            "chunks_asked": sum(1 for some in asks.values() if some),
-            "facts": len({candidate.fact_id for candidate in found}),
-            "calls": len(keyed),
-            "usable": answered,
-            "unusable": len(unusable),
-            "repeated": repeated,
-            "candidates": len(found),
-            "by_type": dict(sorted(Counter(candidate.type for candidate in found).items())),
-        },
-    )
+    reused = sum(tally.reused for tally in tallies)
+    counts = {
+        "chunks": len(chosen),
+        "facts": len({candidate.fact_id for candidate in found}),
+        "calls": endings.total(),
+        **{ending: endings[ending] for ending in ("accepted", "rejected", "failed")},
+        "repaired": sum(1 for one in asked if len(one.ask.request.messages) > 2 and one.ask.recipe == "free"),
+        "second_tries": len(retries),
+        "sections_tried_twice": len(bare),
+        "sections_without_sound": len(still_bare),
+        "drafts": len(drafts) + len(brought),
+        "repeated": len(drafts) + len(brought) - len(found),
+        "candidates": len(found),
+        "by_type": dict(sorted(Counter(candidate.type for candidate in found).items())),
+        "by_recipe": dict(sorted(Counter(candidate.recipe for candidate in found).items())),
+    }
+    write_json(metrics, counts)
     say(
-        f"generate: {len(keyed)} calls ({tally.reused} reused, {tally.answered + tally.failed} asked in {tally.seconds:.0f} s)"
-        f" = {answered} usable + {len(unusable)} unusable; {len(drafts)} drafts = {len(found)} candidates + {repeated} repeated"
+        f"generate: {counts['calls']} calls ({reused} reused, {counts['calls'] - reused} generated, {removed} of earlier texts "
+        f"{'removed' if prune else 'no longer used'}) = {counts['accepted']} accepted + {counts['rejected']} rejected + {counts['failed']} failed; "
+        f"{len(found)} candidates for {counts['facts']} facts; second tries for {len(bare)} sections, {len(still_bare)} still without a sound question"
     )
 
 
-def failure(chunk_id: str, reason: str, detail: str) -> Failure:
-    return Failure(id=content_id(chunk_id, reason), parent_id=chunk_id, reason=reason, detail=detail)
+def embedding(models: Models) -> Embed:
+    """The embedder of params.yaml as a function that embeds each text once."""
+    import numpy as np
+
+    known: dict[str, Any] = {}
+
+    def embed(texts: list[str]) -> Any:
+        if new := sorted(set(texts) - known.keys()):
+            embedder = load_embedder(models.embedder)
+            known.update(zip(new, embedder.encode(new, batch_size=64, normalize_embeddings=True), strict=True))
+        return np.array([known[text] for text in texts])
+
+    return embed
 
 
 if __name__ == "__main__":

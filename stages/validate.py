@@ -1,4 +1,4 @@
-"""data/candidates.jsonl -> data/pairs.jsonl + data/rejected.jsonl + Data Docs: every candidate held against the rules.
+"""data/candidates.jsonl + data/judgements.jsonl -> data/pairs.jsonl + data/rejected.jsonl + Data Docs: every candidate held against the rules.
 
 The rules are data, in validate_suite.yaml beside this file; Great Expectations runs them. Nothing disappears: each candidate is a pair,
 with its evidence located in the document, or a rejected row with the names of the rules it broke. Costs seconds.
@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 import msgspec
 
+from stages.evidence import locate, words
 from stages.files import new_folder, write_json
 from stages.params import NonNegative, Positive, Share, convert_section
 from stages.program import BadInput, BadParams, LimitBroken, run, say
-from stages.records import Candidate, Chunk, Pair, Rejected, by_id, read_records, write_records
+from stages.records import Candidate, Chunk, Judgement, Pair, Rejected, by_id, read_records, write_records
 
 SUITE = Path(__file__).with_name("validate_suite.yaml")
-PROMPTS = Path(__file__).with_name("generate_prompts.yaml")
+PROMPTS = Path(__file__).parent / "recipes" / "prompts.yaml"
 SUITE_NAME = "pairs"
 
 
@@ -66,18 +67,13 @@ def _setting(value: Any, settings: Mapping[str, Any], rule: str) -> Any:
     return settings[found[1]]
 
 
-def fold(text: str) -> str:
-    """`text` with every run of white space as one blank."""
-    return " ".join(text.split())
+def table(
+    candidates: Sequence[Candidate], chunks: Mapping[str, Chunk], judgements: Mapping[str, Judgement], examples: Iterable[str]
+) -> Any:
+    """A DataFrame with a row for each candidate in the given order: its fields and the columns that rules ask about.
 
-
-def words(text: str) -> str:
-    """`text` in lower case without punctuation: what two copies of one question share."""
-    return " ".join(re.findall(r"\w+", text.lower()))
-
-
-def table(candidates: Sequence[Candidate], chunks: Mapping[str, Chunk], examples: Iterable[str]) -> Any:
-    """A DataFrame with a row for each candidate in the given order: its fields and the columns that rules ask about."""
+    A candidate that no judge rated, for whatever reason, is not `rated_` anything: the other rules decide.
+    """
     import pandas
 
     taught = {words(example) for example in examples}
@@ -85,6 +81,7 @@ def table(candidates: Sequence[Candidate], chunks: Mapping[str, Chunk], examples
     seen: set[str] = set()
     for candidate in candidates:
         question, answer = words(candidate.question), words(candidate.answer)
+        too_low = judgements[candidate.id].too_low if candidate.id in judgements else ()
         rows.append(
             msgspec.structs.asdict(candidate)
             | {
@@ -93,26 +90,22 @@ def table(candidates: Sequence[Candidate], chunks: Mapping[str, Chunk], examples
                 "question_copies_answer": question == answer or (len(answer) > 20 and answer in question),
                 "question_copies_example": question in taught,
                 "repeats_earlier_question": question in seen,
+                "rated_unfaithful": "faithfulness" in too_low,
+                "rated_unanswerable": "answerability" in too_low,
+                "rated_useless": "usefulness" in too_low,
             }
         )
         seen.add(question)
     return pandas.DataFrame(rows)
 
 
-def locate(quote: str, text: str) -> tuple[int, int] | None:
-    """Where `quote` stands in `text`, as character offsets (start, end), white space compared folded; None when it does not."""
-    pattern = r"\s+".join(re.escape(word) for word in quote.split())
-    found = re.search(pattern, text) if pattern else None
-    return found.span() if found else None
-
-
 def example_questions(prompts: Path) -> list[str]:
     """Every question that a prompt shows to the teacher."""
     import yaml
 
-    recipes = yaml.safe_load(prompts.read_text(encoding="utf-8"))
-    groups = [group for recipe in recipes.values() for group in recipe.get("examples", {}).values()]
-    return [example["question"] for group in groups for example in group]
+    recipes = yaml.safe_load(prompts.read_text(encoding="utf-8")).values()
+    examples = [example for recipe in recipes for example in recipe.get("examples", [])]
+    return [question for example in examples for question in example.get("questions") or [example["question"]]]
 
 
 def broken_rules(rows: Any, rules: Sequence[Rule], data_docs: Path) -> dict[str, list[str]]:
@@ -208,9 +201,18 @@ def pair_of(candidate: Candidate, chunk: Chunk) -> Pair:
 
 
 def main(
-    candidates: Path, chunks: Path, pairs: Path, rejected: Path, data_docs: Path, metrics: Path, *, validate: Params
+    candidates: Path,
+    chunks: Path,
+    judgements: Path,
+    pairs: Path,
+    rejected: Path,
+    data_docs: Path,
+    metrics: Path,
+    *,
+    validate: Params,
 ) -> None:
     chunk_by_id = by_id(read_records(chunks, Chunk))
+    judgement_by_id = by_id(read_records(judgements, Judgement))
     # best wordings first, so that of two equal questions the better one stays
     claims = sorted(read_records(candidates, Candidate), key=lambda claim: (claim.wording, -claim.similarity, claim.id))
     if not claims:
@@ -221,7 +223,7 @@ def main(
         )
     rules = read_rules(SUITE, validate)
     with new_folder(data_docs) as draft:
-        faults = broken_rules(table(claims, chunk_by_id, example_questions(PROMPTS)), rules, draft)
+        faults = broken_rules(table(claims, chunk_by_id, judgement_by_id, example_questions(PROMPTS)), rules, draft)
         accepted = [pair_of(claim, chunk_by_id[claim.chunk_id]) for claim in claims if claim.id not in faults]
         refused = [
             Rejected(

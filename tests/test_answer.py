@@ -20,6 +20,12 @@ def question(text: str) -> Question:
     return Question(id=text, set="recall", pair_id="p", section_id="s", type="factual", question=text, reference="r")
 
 
+def written(folder: Path, requests: dict[str, Request], batch_size: int) -> dict[str, Reply]:
+    replies: dict[str, Reply] = {}
+    assert write_with_transformers(folder, batch_size, requests, replies.__setitem__) > 0
+    return replies
+
+
 @pytest.fixture(scope="module")
 def requests() -> dict[str, Request]:
     return requests_for([question(text) for text in TEXTS], SHORT, "model")
@@ -28,7 +34,7 @@ def requests() -> dict[str, Request]:
 @pytest.fixture(scope="module")
 def replies(base_folder: Path, requests: dict[str, Request]) -> dict[str, Reply]:
     """The base model's replies to all three questions in one batch."""
-    return dict(write_with_transformers(base_folder, requests, batch_size=3))
+    return written(base_folder, requests, batch_size=3)
 
 
 def test_a_request_puts_the_system_prompt_first_and_decodes_greedily(requests: dict[str, Request]) -> None:
@@ -47,7 +53,7 @@ def test_another_model_or_system_prompt_or_limit_is_another_request(requests: di
 
 
 def test_replies_are_the_same_in_every_run(base_folder: Path, requests: dict[str, Request], replies: dict[str, Reply]) -> None:
-    assert dict(write_with_transformers(base_folder, requests, batch_size=3)) == replies
+    assert written(base_folder, requests, batch_size=3) == replies
     assert len(set(replies.values())) == 3
 
 
@@ -55,7 +61,7 @@ def test_a_prompt_gets_its_own_reply_alone_and_in_a_batch(
     base_folder: Path, requests: dict[str, Request], replies: dict[str, Reply]
 ) -> None:
     some = {text: requests[text] for text in TEXTS[:2]}
-    alone = dict(write_with_transformers(base_folder, some, batch_size=1))
+    alone = written(base_folder, some, batch_size=1)
     assert sorted(replies) == sorted(TEXTS)
     assert "sky" in alone[TEXTS[0]].text
     assert "sky" in replies[TEXTS[0]].text
@@ -74,7 +80,7 @@ def test_the_token_count_and_the_cut_are_those_of_the_reply(base_folder: Path, r
 
 def test_an_answer_that_ends_by_itself_is_whole(base_folder: Path) -> None:
     chat = Chat("Answer with one word.", 40, 512)
-    ((_, reply),) = write_with_transformers(base_folder, requests_for([question("What is the capital of France?")], chat, "m"), 1)
+    (reply,) = written(base_folder, requests_for([question("What is the capital of France?")], chat, "m"), 1).values()
     assert reply.is_whole
     assert 0 < reply.tokens < 40
 
@@ -124,7 +130,7 @@ def test_kept_answers_are_written_for_every_system_without_a_model_or_a_server(t
     questions = tmp_path / "questions.jsonl"
     asked = [question(text) for text in TEXTS]
     write_records(questions, asked)
-    store = Store(tmp_path / "store")
+    store = Store(tmp_path / "store", "answer")
     for system, path in {"base": base, "tuned": merged, "q8_0": gguf / "docsmith-q8_0.gguf"}.items():
         for text, request in requests_for(asked, SHORT, sha256_of(path)).items():
             store.keep(request_key(request), Reply(f" {system}: {text} "))

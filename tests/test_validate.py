@@ -7,21 +7,19 @@ import msgspec
 import pytest
 import yaml
 
+from stages.evidence import locate, words
 from stages.program import BadInput, BadParams, LimitBroken
-from stages.records import Candidate, Chunk, Pair, Rejected, read_records, write_records
+from stages.recipes import example_questions
+from stages.records import Candidate, Chunk, Judgement, Pair, Rejected, read_records, write_records
 from stages.validate import (
-    PROMPTS,
     SUITE,
     Params,
     Rule,
     broken_rules,
-    example_questions,
-    locate,
     main,
     pair_of,
     read_rules,
     table,
-    words,
 )
 
 VALIDATE = Params(wordings=3, min_similarity=0.5, max_rejected_share=0.95)
@@ -47,7 +45,6 @@ GOOD = Candidate(
     type="factual",
     recipe="quote-first",
     model="m",
-    sample=0,
     similarity=0.8,
     rank=1,
     wording=1,
@@ -65,11 +62,14 @@ BAD: dict[str, dict[str, Any]] = {
         "question": "Steep - green tea - for three minutes?",
         "answer": "Steep green tea for three minutes.",
     },
-    "question-copies-example": {"question": "What is a RESERVATION in the library?"},
+    "question-copies-example": {"question": "How do I RINSE the coffee machine?"},
     "duplicate-question": {"question": "how long should GREEN tea steep ?"},
     "round-trip-too-far": {"question": "At how many degrees is tea made?", "similarity": 0.49},
     "round-trip-finds-another": {"question": "At which heat is tea made?", "rank": 2},
     "better-wording-exists": {"question": "How hot is the water of tea?", "wording": 4},
+    "judge-unfaithful": {"question": "Who made tea first?"},
+    "judge-unanswerable": {"question": "Who made tea last?"},
+    "judge-useless": {"question": "Who made tea twice?"},
     "id-repeats": {"id": "good", "question": "How hot should the water for tea be?"},
     "type-unknown": {"question": "How warm should the water for tea be?", "type": "funny"},
 }
@@ -86,13 +86,34 @@ NEAR: dict[str, dict[str, Any]] = {
         "question": "Is it for three minutes that green tea steeps?",
         "answer": "Steep green tea for three minutes.",
     },
-    "question-copies-example": {"question": "What is a reservation in the old library?"},
+    "question-copies-example": {"question": "How do I rinse the old coffee machine?"},
     "duplicate-question": {"question": "How long should all green tea steep?"},
     "round-trip-too-far": {"question": "At how many degrees Celsius is tea made?", "similarity": 0.5},
     "round-trip-finds-another": {"question": "At which heat is some tea made?", "rank": 1},
     "better-wording-exists": {"question": "How hot is the water of good tea?", "wording": 3},
+    "judge-unfaithful": {"question": "Who made good tea first?"},
+    "judge-unanswerable": {"question": "Who made good tea last?"},
+    "judge-useless": {"question": "Who made good tea twice?"},
     "id-repeats": {"id": "another", "question": "How hot should the water be?"},
     "type-unknown": {"question": "How warm should the water be?", "type": "procedural"},
+}
+
+
+def judgement(candidate_id: str, rating: int | None, *too_low: Any, status: Any = "scored") -> Judgement:
+    ratings = dict.fromkeys(("faithfulness", "answerability", "usefulness"), rating)
+    return Judgement(id=candidate_id, status=status, too_low=too_low, reason="r", **ratings)  # type: ignore[arg-type]
+
+
+JUDGEMENTS = {
+    one.id: one
+    for one in (
+        judgement("bad judge-unfaithful", 3, "faithfulness"),
+        judgement("bad judge-unanswerable", 3, "answerability"),
+        judgement("bad judge-useless", 3, "usefulness"),
+        judgement("near judge-unfaithful", 3),
+        judgement("near judge-unanswerable", None, status="unparsed"),
+        judgement("near judge-useless", None, status="failed"),
+    )
 }
 
 
@@ -105,7 +126,7 @@ def rules() -> list[Rule]:
 
 
 def rows(*candidates: Candidate) -> Any:
-    return table(candidates, {"chunk": CHUNK}, example_questions(PROMPTS))
+    return table(candidates, {"chunk": CHUNK}, JUDGEMENTS, example_questions())
 
 
 def severity(name: str) -> str:
@@ -126,7 +147,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
 def test_every_rule_has_a_candidate_that_breaks_it_and_one_that_nearly_does() -> None:
     names = [rule.rule for rule in rules()]
-    assert len(names) == 15
+    assert len(names) == 18
     assert list(BAD) == list(NEAR) == names
 
 
@@ -255,14 +276,16 @@ class Files:
     def __init__(self, folder: Path, *candidates: Candidate) -> None:
         self.folder = folder
         self.candidates, self.chunks = folder / "candidates.jsonl", folder / "chunks.jsonl"
+        self.judgements = folder / "judgements.jsonl"
         self.pairs, self.rejected = folder / "pairs.jsonl", folder / "rejected.jsonl"
         self.docs, self.metrics = folder / "data_docs", folder / "validate.json"
         write_records(self.chunks, [CHUNK])
         write_records(self.candidates, candidates)
+        write_records(self.judgements, [])
 
     def run(self, **changes: Any) -> dict[str, Any]:
         settings = msgspec.structs.replace(VALIDATE, **changes)
-        main(self.candidates, self.chunks, self.pairs, self.rejected, self.docs, self.metrics, validate=settings)
+        main(self.candidates, self.chunks, self.judgements, self.pairs, self.rejected, self.docs, self.metrics, validate=settings)
         return self.account()
 
     def account(self) -> dict[str, Any]:
@@ -301,7 +324,7 @@ def test_every_candidate_is_a_pair_or_rejected_by_name(files: Files) -> None:
         "question-too-short": 1,
         "round-trip-too-far": 1,
     }
-    assert len(metrics["by_rule"]) == 15
+    assert len(metrics["by_rule"]) == 18
     assert (metrics["sections"], metrics["facts"]) == (1, 1)
 
 

@@ -1,7 +1,6 @@
 """A server of ours as a child process: started, waited for, and stopped whatever happens."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -11,9 +10,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 
-from stages.program.errors import ServerFailed
+from stages.program import ServerFailed, end_with_parent
 
-PR_SET_PDEATHSIG = 1  # prctl(2)
 STOP_WAIT_S = 15
 
 
@@ -46,11 +44,6 @@ def running_server(
                 raise ServerFailed(f"{error} ({name} had ended with exit code {child.returncode}: {_last_words(log)})") from None
         finally:
             _stop(child)
-
-
-def end_with_parent() -> None:
-    """For `preexec_fn`: the child gets SIGTERM when the thread that started it ends, so that a killed stage leaves no orphan."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait_until_healthy(name: str, child: subprocess.Popen[bytes], health: str, start_s: float, log: object) -> None:

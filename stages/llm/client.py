@@ -1,8 +1,7 @@
 """The one way Docsmith talks to a language model: OpenAI-style HTTP, many requests at once, each with a terminal status."""
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -13,11 +12,14 @@ from stages.program.errors import ServerFailed
 from stages.program.progress import progress
 
 ATTEMPTS = 4
-DEAD_AFTER = 8  # requests in a row that could not reach the server
+LOST_IN_A_ROW = 32  # calls, at least; then the servers are taken for broken
+SERVER_FAULTS = ("timed out", "unreachable", "status 5")
+
+Keep = Callable[[str, Reply], None]
 
 
 class Tally(msgspec.Struct, frozen=True):
-    """How many requests there were, and how they ended: requests = reused + answered + failed."""
+    """How many requests there were, and how they ended: requests = reused + answered + failed. Tokens are those of new replies."""
 
     requests: int
     reused: int
@@ -25,158 +27,168 @@ class Tally(msgspec.Struct, frozen=True):
     failed: int
     new_tokens: int
     seconds: float  # spent asking, without the server's start
+    prompt_tokens: int = 0
+
+
+def ask_missing(
+    requests: Mapping[str, Request], store: Store, ask: Callable[[dict[str, Request], Keep], float]
+) -> tuple[dict[str, Reply], Tally]:
+    """A reply for each key of `requests`, and the tally. What the store has is reused.
+
+    `ask` gets the missing requests, if any, and a function to keep each reply with; it returns the seconds that it took.
+    """
+    replies = store.find(requests)
+    missing = {key: request for key, request in requests.items() if key not in replies}
+    fresh: dict[str, Reply] = {}
+
+    def keep(key: str, reply: Reply) -> None:
+        if not reply.failed:
+            store.keep(key, reply)
+        fresh[key] = reply
+
+    seconds = ask(missing, keep) if missing else 0.0
+    answered = [reply for reply in fresh.values() if not reply.failed]
+    tally = Tally(
+        requests=len(requests),
+        reused=len(replies),
+        answered=len(answered),
+        failed=len(fresh) - len(answered),
+        new_tokens=sum(reply.tokens for reply in answered),
+        seconds=round(seconds, 2),
+        prompt_tokens=sum(reply.prompt_tokens for reply in answered),
+    )
+    if answered:
+        model = next(iter(missing.values())).model_sha256
+        store.keep_rate(model, tally.answered, tally.prompt_tokens, tally.new_tokens, seconds)
+    return replies | fresh, tally
 
 
 def ask_all(
     requests: Mapping[str, Request],
     store: Store,
-    connect: Callable[[], AbstractContextManager[Endpoint]],
+    endpoints: Callable[[], Sequence[Endpoint]],
     concurrency: int,
     timeout_s: float,
     label: str,
+    *,
+    groups: Mapping[str, str] | None = None,
+    pairs_in: Callable[[str, Reply], int] | None = None,
 ) -> tuple[dict[str, Reply], Tally]:
     """A reply for each key of `requests`, and the tally.
 
-    Kept replies are reused; the server is started (`connect`) only when some are missing. Each new reply is kept as it comes.
-    Raises ServerFailed when the server stops answering; what came before is kept.
+    Kept replies are reused; `endpoints` is called only when some are missing. Each endpoint gets `concurrency` calls at once, and
+    each new reply is kept as it comes. Requests of one group (`groups`: key -> group) go to one endpoint while it lives, since it
+    has their common start cached. `pairs_in` says how many pairs a new reply holds, for the progress line.
+    Raises ServerFailed when no endpoint answers any more, or one serves another model; what came before is kept.
     """
-    replies = store.find(requests)
-    reused = len(replies)
-    missing = {key: request for key, request in requests.items() if key not in replies}
-    seconds = 0.0
-    if missing:
+
+    def ask(missing: dict[str, Request], keep: Keep) -> float:
         import asyncio  # here, since a stage's --help should not wait for it
 
-        with connect() as endpoint:
-            started = time.monotonic()
-            fresh = asyncio.run(_ask(missing, store, endpoint, concurrency, timeout_s, label))
-            seconds = time.monotonic() - started
-        replies.update(fresh)
-    new = [replies[key] for key in missing]
-    failed = sum(1 for reply in new if reply.failed)
-    tally = Tally(
-        requests=len(requests),
-        reused=reused,
-        answered=len(new) - failed,
-        failed=failed,
-        new_tokens=sum(reply.tokens for reply in new),
-        seconds=round(seconds, 2),
-    )
-    return replies, tally
+        servers = endpoints()
+        reused = len(requests) - len(missing)
+        bar = progress(None, label, total=len(requests), unit="call")
+        bar.initial = bar.n = reused
+        started = time.monotonic()
+        tokens = pairs = 0
+
+        def keep_and_show(key: str, reply: Reply) -> None:
+            nonlocal tokens, pairs
+            keep(key, reply)
+            tokens += reply.tokens
+            pairs += pairs_in(key, reply) if pairs_in and not reply.failed else 0
+            seconds = max(time.monotonic() - started, 1e-3)
+            pace = f"{pairs / seconds * 60:.0f} pairs/min, " if pairs_in else ""
+            bar.set_postfix_str(f"{pace}{tokens / seconds:.0f} tokens/s, {reused / len(requests):.0%} reused", refresh=False)
+            bar.update()
+
+        try:
+            asyncio.run(_ask(missing, keep_and_show, servers, concurrency, timeout_s, groups or {}))
+        finally:
+            bar.close()
+        return time.monotonic() - started
+
+    return ask_missing(requests, store, ask)
 
 
 async def _ask(
-    requests: Mapping[str, Request], store: Store, endpoint: Endpoint, concurrency: int, timeout_s: float, label: str
-) -> dict[str, Reply]:
+    requests: Mapping[str, Request],
+    keep: Keep,
+    endpoints: Sequence[Endpoint],
+    concurrency: int,
+    timeout_s: float,
+    groups: Mapping[str, str],
+) -> None:
     import asyncio
 
-    import httpx
-    import openai
     import stamina.instrumentation
 
+    from stages.llm.pool import AllGone, Pool
+
     stamina.instrumentation.set_on_retry_hooks([])  # retries show in the tally, not as log lines
-    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-    client = openai.AsyncOpenAI(
-        base_url=endpoint.url,
-        api_key=_api_key(),
-        timeout=timeout_s,
-        max_retries=0,  # retries are counted here
-        http_client=openai.DefaultAsyncHttpxClient(limits=limits),
-    )
+    workers = min(concurrency * len(endpoints), len(requests))
     waiting = iter(requests.items())
-    replies: dict[str, Reply] = {}
-    unreachable, last_reason = 0, ""
-    bar = progress(None, label, total=len(requests), unit="call")
+    answered = lost_in_a_row = 0
 
-    async def work() -> None:
-        nonlocal unreachable, last_reason
+    async def work(pool: Pool) -> None:
+        nonlocal answered, lost_in_a_row
         for key, request in waiting:
-            if unreachable >= DEAD_AFTER:
-                return
-            reply = await _ask_one(client, endpoint.model, request)
-            if reply.failed.startswith("unreachable"):
-                unreachable, last_reason = unreachable + 1, reply.failed
-                if unreachable >= DEAD_AFTER:
-                    return
-            else:
-                unreachable = 0
-            if not reply.failed:
-                store.keep(key, reply)
-            replies[key] = reply
-            bar.update()
+            reply = await _ask_one(pool, request, groups.get(key, ""))
+            keep(key, reply)
+            answered += not reply.failed
+            lost_in_a_row = lost_in_a_row + 1 if reply.failed.startswith(SERVER_FAULTS) else 0
+            if lost_in_a_row >= max(LOST_IN_A_ROW, 2 * workers):
+                raise AllGone(reply.failed)
 
-    async with client:
-        await asyncio.gather(*(work() for _ in range(min(concurrency, len(requests)))))
-        is_gone = unreachable >= DEAD_AFTER or (unreachable > 0 and not await _is_there(client))
-    bar.close()
-    if is_gone:
-        kept = sum(1 for reply in replies.values() if not reply.failed)
+    try:
+        async with Pool(endpoints, timeout_s) as pool, asyncio.TaskGroup() as tasks:
+            for _ in range(workers):
+                tasks.create_task(work(pool))
+    except BaseExceptionGroup as errors:
+        error = errors.exceptions[0]
+        if not isinstance(error, AllGone):
+            raise error from None
+        servers = f"server{'s' if len(endpoints) > 1 else ''} at {', '.join(endpoint.url for endpoint in endpoints)}"
         raise ServerFailed(
-            f"the LLM server at {endpoint.url} stopped answering after {kept} of {len(requests)} calls ({last_reason}); "
+            f"the LLM {servers} stopped answering after {answered} of {len(requests)} calls ({error}); "
             "their replies are kept. Resume with: dvc repro"
-        )
-    return replies
+        ) from None
 
 
-async def _ask_one(client: Any, model: str, request: Request) -> Reply:
-    import openai
+async def _ask_one(pool: Any, request: Request, group: str) -> Reply:
     import stamina
 
-    options: dict[str, Any] = {}
+    from stages.llm.pool import CallFailed, Server
+
+    tried: set[Server] = set()
+    body: dict[str, Any] = {
+        "messages": [{"role": role, "content": content} for role, content in request.messages],
+        "temperature": request.temperature,
+        "max_tokens": request.max_tokens,
+    }
     if request.schema is not None:
         schema = {"name": "reply", "schema": msgspec.json.decode(request.schema), "strict": True}
-        options["response_format"] = {"type": "json_schema", "json_schema": schema}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
 
-    @stamina.retry(on=_is_passing, attempts=ATTEMPTS, wait_initial=0.5, wait_max=10, timeout=None)
+    def may_pass(error: Exception) -> bool:
+        return isinstance(error, CallFailed) and error.may_pass
+
+    @stamina.retry(on=may_pass, attempts=ATTEMPTS, wait_initial=0.5, wait_max=10, timeout=None)
     async def complete() -> Any:
-        return await client.chat.completions.create(
-            model=model,
-            messages=[{"role": role, "content": content} for role, content in request.messages],
-            temperature=request.temperature,
-            max_tokens=request.max_tokens,
-            **options,
-        )
+        return await pool.complete(body, group, tried)
 
     try:
         completion = await complete()
-    except openai.APITimeoutError:
-        return Reply(text="", failed="timed out")
-    except openai.APIConnectionError as error:
-        return Reply(text="", failed=f"unreachable: {error.__cause__ or error}")
-    except openai.APIStatusError as error:
-        return Reply(text="", failed=f"status {error.status_code}: {' '.join(str(error.message).split())[:200]}")
-    except ValueError as error:  # a body that is not JSON
-        return Reply(text="", failed=f"unreadable reply: {' '.join(str(error).split())[:200]}")
-    choice = completion.choices[0] if getattr(completion, "choices", None) else None
-    if choice is None or choice.message is None or choice.message.content is None:
-        return Reply(text="", failed="empty reply")
-    tokens = completion.usage.completion_tokens if completion.usage else 0
-    return Reply(text=choice.message.content, tokens=tokens, is_whole=choice.finish_reason != "length")
-
-
-async def _is_there(client: Any) -> bool:
-    """Whether the server says anything at all, be it an error."""
-    import openai
-
-    try:
-        await client.models.list()
-    except openai.APIConnectionError:
-        return False
-    except openai.APIError:
-        return True
-    return True
-
-
-def _is_passing(error: Exception) -> bool:
-    """Whether a second try may go better: too many requests, a server error, a timeout, a broken connection."""
-    import openai
-
-    if isinstance(error, openai.APIStatusError):
-        return error.status_code in (408, 409, 425, 429) or error.status_code >= 500
-    return isinstance(error, openai.APIConnectionError)
-
-
-def _api_key() -> str:
-    import os
-
-    return os.environ.get("DOCSMITH_API_KEY", "none")  # local servers take any
+    except CallFailed as error:
+        return Reply(text="", failed=str(error))
+    choice = completion.choices[0] if completion.choices else None
+    if choice is None or choice.message.content is None:
+        refusal = choice.message.refusal if choice else None
+        return Reply(text="", failed=f"refused: {' '.join(refusal.split())[:200]}" if refusal else "empty reply")
+    usage = completion.usage
+    return Reply(
+        text=choice.message.content,
+        tokens=usage.completion_tokens if usage else 0,
+        is_whole=choice.finish_reason != "length",
+        prompt_tokens=usage.prompt_tokens if usage else 0,
+    )

@@ -1,15 +1,19 @@
 """Where an OpenAI-style server listens."""
 
 import socket
+from typing import Annotated
 
 import msgspec
 
 
-class Endpoint(msgspec.Struct, frozen=True):
+class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`url` ends with /v1; `model` is the name that the server knows its model by."""
 
-    url: str
+    url: Annotated[
+        str, msgspec.Meta(pattern=r"^https?://(\[[\da-f:]+\]|[\w.-]+)(:\d{1,5})?(/[^\s@?#]+)?/v1$")
+    ]  # no name:password@, since errors show it
     model: str
+    api_key_env: str = ""  # the environment variable that holds this server's key; empty: it gets none
 
 
 def free_port() -> int:

@@ -3,7 +3,6 @@
 `python -m stages.parsers <folder>` reads <folder>/job.json, writes <folder>/<n>.json and prints n for each file that is finished.
 """
 
-import ctypes
 import errno
 import gc
 import hashlib
@@ -22,8 +21,8 @@ import msgspec
 from stages.parsers import Job, Limits, Parsed
 from stages.parsers.formats import Unreadable, import_parsers, to_markdown
 from stages.parsers.text import cleaned, title_of
+from stages.program import end_with_parent
 
-PR_SET_PDEATHSIG = 1  # prctl(2)
 REFUSED_EVENTS = (
     "socket.",
     "subprocess.",
@@ -98,8 +97,8 @@ def run_child(path: Path, type: str, reply: Path, limits: Limits) -> None:
 
 def confine(limits: Limits) -> None:
     """From here on: no network, no programs, limited time, memory and output, and an end with the parent's."""
+    end_with_parent(signal.SIGKILL)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         memory = mapped + limits.max_memory_mb * 1_000_000
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -144,7 +143,6 @@ def parsed(path: Path, type: str, limits: Limits) -> Parsed:
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     warnings.simplefilter("ignore")
     serve(Path(sys.argv[1]))

@@ -11,7 +11,7 @@ from stages.program.errors import (
     ServerFailed,
 )
 from stages.program.progress import progress, say
-from stages.program.run import run
+from stages.program.run import end_with_parent, run
 
 __all__ = [
     "BadInput",
@@ -22,6 +22,7 @@ __all__ = [
     "DocsmithError",
     "LimitBroken",
     "ServerFailed",
+    "end_with_parent",
     "progress",
     "run",
     "say",

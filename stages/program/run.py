@@ -32,7 +32,11 @@ def run(main: Callable[..., object], argv: list[str] | None = None) -> None:
     signature = inspect.signature(main, eval_str=True)
     arguments = vars(_parser(name, main, signature).parse_args(argv))
     quieten()
-    _die_with_parent()
+    parent = os.getppid()
+    if parent != 1:
+        end_with_parent()  # a killed `dvc repro` must not leave a stage that goes on writing
+        if os.getppid() != parent:  # it ended before the call above
+            sys.exit(143)
     signal.signal(signal.SIGTERM, _exit_on_signal)
     signal.signal(signal.SIGHUP, _exit_on_signal)
     try:
@@ -49,6 +53,12 @@ def run(main: Callable[..., object], argv: list[str] | None = None) -> None:
             raise
         print(f"{name}: {error.filename}: {error.strerror}. {_advice(error)}", file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """This process gets the signal `number` when the thread that started it ends, where the system is Linux; also for `preexec_fn`."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def _name_of(main: Callable[..., object]) -> str:
@@ -82,16 +92,6 @@ def _sections(signature: inspect.Signature) -> dict[str, Any]:
 
     wanted = [argument for argument in signature.parameters.values() if _is_section(argument)]
     return {argument.name: read_section(argument.name, argument.annotation) for argument in wanted}
-
-
-def _die_with_parent() -> None:
-    """Ends this process when its parent ends: a killed `dvc repro` must not leave a stage that goes on writing."""
-    parent = os.getppid()
-    if sys.platform != "linux" or parent == 1:
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it ended before the call above
-        sys.exit(143)
 
 
 def _exit_on_signal(number: int, _frame: FrameType | None) -> None:

@@ -1,0 +1,27 @@
+"""Recipes: what a teacher is asked about a chunk, and what its reply means. Prompts are in prompts.yaml, question forms in forms.py."""
+
+from stages.recipes.asks import (
+    Ask,
+    Draft,
+    Recipe,
+    asks_about,
+    drafts_in,
+    faults_of,
+    naming,
+    repair_of,
+    retries_of,
+    with_evidence,
+)
+
+__all__ = [
+    "Ask",
+    "Draft",
+    "Recipe",
+    "asks_about",
+    "drafts_in",
+    "faults_of",
+    "naming",
+    "repair_of",
+    "retries_of",
+    "with_evidence",
+]
