@@ -41,7 +41,7 @@ The kettle makes a clicking sound when the water boils.
 
 Descaling removes the white lime that hard water leaves behind.
 
-To descale the kettle, fill it with half a litre of vinegar.
+To remove the lime, fill the kettle with half a litre of vinegar.
 """
 LAMP = """# The Brio lamp
 
@@ -49,13 +49,13 @@ LAMP = """# The Brio lamp
 
 The Brio lamp gives eight hundred lumens of warm white light.
 
-To dim the Brio lamp, hold the touch sensor for two seconds.
+To start the Brio lamp, hold the touch sensor for two seconds.
 
 ## Battery
 
-The battery of the Brio lamp lasts nine hours outdoors.
+The battery of the Brio lamp needs nine hours of sunshine.
 
-To charge the battery, connect a USB cable to the lamp's foot.
+To replace the battery, open the foot of the lamp with a coin.
 
 ## Colours
 
@@ -71,7 +71,7 @@ To save a station, press one of the number keys until the radio beeps.
 
 ## Alarm
 
-The alarm of the Corso radio rings during a power cut as well.
+The alarm of the Corso radio starts quietly and grows louder.
 
 To set the alarm, turn the left wheel of the radio at night.
 """
@@ -81,7 +81,7 @@ BIKE = """# The Dura bicycle
 
 The chain of the Dura bicycle needs two drops of oil each week.
 
-To oil the chain, turn the pedals of the bicycle backwards.
+To clean the chain, turn the pedals of the bicycle backwards.
 """
 PAGES = {"kettle.md": KETTLE, "lamp.md": LAMP, "radio.md": RADIO}
 
@@ -102,6 +102,7 @@ class Project:
     def set(self, url: str, **generate: Any) -> None:
         params = yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
         params["collect"] = {"sources": {"pages": {"path": "pages"}}, "remotes": {}}
+        params["models"]["base"] = params["models"]["embedder"]  # it only counts tokens here, and need not be unpacked first
         params["chunk"] |= {"max_tokens": 256, "min_prose_chars": 30}
         params["generate"] |= {"recipe": "quote-first", "pairs_per_chunk": 2, "wordings": 2, "min_similarity": 0.0}
         params["generate"] |= {"endpoints": [{"url": url, "model": "fake"}], "concurrency": 1, "timeout_s": 30} | generate

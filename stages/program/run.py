@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import inspect
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -25,12 +26,14 @@ def run(main: Callable[..., object], argv: list[str] | None = None) -> None:
     """Runs `main` and exits with its code.
 
     A `Path` or `str` argument of `main` is a positional argument of the command, or an option when it has a default; a bool with a
-    default is a flag; an argument annotated with a Struct is the section of params.yaml with the argument's name.
+    default is a flag; an argument annotated with a Struct is the section of params.yaml with the argument's name. Without any
+    positional argument, a stage takes its paths from its command in dvc.yaml.
     Exit codes: 0 done, 1 DocsmithError, 2 usage, 75 another run holds the lock, 130 and 143 interrupted.
     """
     name = _name_of(main)
     signature = inspect.signature(main, eval_str=True)
-    arguments = vars(_parser(name, main, signature).parse_args(argv))
+    parser = _parser(name, main, signature)
+    arguments = _with_paths(parser, vars(parser.parse_args(argv)), name, signature)
     quieten()
     parent = os.getppid()
     if parent != 1:
@@ -77,10 +80,34 @@ def _parser(name: str, main: Callable[..., object], signature: inspect.Signature
         if argument.annotation is bool:
             parser.add_argument(option, action="store_true")
         elif argument.default is inspect.Parameter.empty:
-            parser.add_argument(argument.name, type=argument.annotation)
+            parser.add_argument(argument.name, type=argument.annotation, nargs="?")
         else:
             parser.add_argument(option, type=type(argument.default), default=argument.default)
     return parser
+
+
+def _with_paths(
+    parser: argparse.ArgumentParser, given: dict[str, Any], name: str, signature: inspect.Signature
+) -> dict[str, Any]:
+    wanted = [one for one in signature.parameters.values() if one.default is inspect.Parameter.empty and not _is_section(one)]
+    absent = [one.name for one in wanted if given[one.name] is None]
+    if absent and len(absent) == len(wanted):
+        given |= zip(absent, map(Path, _paths_in_dvc_yaml(name)), strict=False)
+        absent = [name for name in absent if given[name] is None]
+    if absent:
+        parser.error(f"the following arguments are required: {', '.join(absent)}")
+    return given
+
+
+def _paths_in_dvc_yaml(name: str) -> list[str]:
+    """The paths in the command of the stage `name`; [] where there is no such stage here."""
+    import yaml
+
+    if not Path("dvc.yaml").is_file():
+        return []
+    stages = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    _, _, paths = stages.get(name, {}).get("cmd", "").partition(f"-m stages.{name} ")
+    return shlex.split(paths)
 
 
 def _is_section(argument: inspect.Parameter) -> bool:
