@@ -299,8 +299,8 @@ def main(
     if not served:
         raise BadParams(f"{params}: export.serve is missing; it names the quant that is shipped, as q8_0")
     board = read_scoreboard(metrics / "evaluate.json")
-    train, export, answer, validate, coverage = (
-        _figures(metrics / f"{name}.json") for name in ("train", "export", "answer", "validate", "coverage")
+    train, export, answer, validate, coverage, judged = (
+        _figures(metrics / f"{name}.json") for name in ("train", "export", "answer", "validate", "coverage", "judge")
     )
     questions = read_records(data / "questions.jsonl", Question)
     said = [one for path in sorted((data / "answers").glob("*.jsonl")) for one in read_records(path, Answer)]
@@ -324,6 +324,7 @@ def main(
             for name, one in board.sets().items()
         ],
         "counts": [measured(dig(validate, name), "{:,}") for name in ("candidates", "pairs", "rejected")],
+        "judge": ("used" if dig(judged, "used") else "not used", measured(dig(judged, "why"))),
         "by_rule": [(rule, f"{count:,}") for rule, count in Counter(dig(validate, "by_rule") or {}).most_common() if count],
         "rejected": [(", ".join(one.rules), one.question, one.answer) for one in spread(rejected, REJECTED_EXAMPLES)],
         "covered": [

@@ -153,6 +153,17 @@ def test_the_report_opens_with_the_verdict_and_shows_scores_rejections_figures_a
         assert text in page
 
 
+def test_the_report_says_whether_a_judge_was_used_and_why(tmp_path: Path) -> None:
+    paths = write_run(tmp_path)
+    said = "The LLM judge was not used: "
+    assert f"{said}not measured." in write_report(paths)[0]
+    (paths[1] / "judge.json").write_text(json.dumps({"used": False, "why": "the audit failed: 0 of 16"}))
+    markdown, page = write_report(paths)
+    assert f"{said}the audit failed: 0 of 16." in markdown and f"{said}the audit failed: 0 of 16." in page
+    (paths[1] / "judge.json").write_text(json.dumps({"used": True, "why": "the audit passed"}))
+    assert "The LLM judge was used: the audit passed." in write_report(paths)[0]
+
+
 def test_coverage_is_shown_with_its_picture_and_the_sections_that_lost_most_candidates(tmp_path: Path) -> None:
     markdown, page = write_report(write_run(tmp_path))
     said = "Of 1,250 sections 1,237 have a pair (99.0 %). Pairs by type: factual 416, conceptual 40. Pairs by recipe: quote-first 456."
