@@ -100,7 +100,8 @@ def facts_of(chunk: Chunk, generate: Settings) -> list[tuple[Passage, list[Form]
     A choice depends on the chunk alone, so that an edit elsewhere asks nothing again.
     """
     found = [
-        (passage, _of_types(forms_of(passage.answer, chunk.heading_path), generate.types)) for passage in passages_of(chunk.markdown())
+        (passage, _of_types(forms_of(passage.answer, chunk.heading_path), generate.types))
+        for passage in passages_of(chunk.markdown())
     ]
     found = [(passage, forms) for passage, forms in found if forms]
     long = [fact for fact in found if fact[0].length == "long"]

@@ -52,7 +52,7 @@ def forms_of(answer: str, heading_path: tuple[str, ...]) -> list[Form]:
     sentence = re.sub(r" (therefore|thus|hence|however|then|also) (?=[a-z])", " ", sentence)
     sentence = sentence[:1].upper() + sentence[1:]
     page = heading_path[0] if heading_path else ""
-    for shape in (option, task, condition, order, deed_of_the_page, statement):
+    for shape in (option, task, condition, setting, order, deed_of_the_page, statement):
         if found := shape(sentence, page, heading_path):
             whole = [(kind, finished(question)) for kind, question in found]
             return [(kind, question) for kind, question in whole if is_sound(question)]
@@ -150,6 +150,16 @@ def condition(sentence: str, _page: str, _path: tuple[str, ...]) -> list[Form]:
     return forms
 
 
+def setting(sentence: str, page: str, path: tuple[str, ...]) -> list[Form]:
+    """In version 3, the stage splits pairs. / By default, the stage splits pairs."""
+    found = re.match(r"((?:In|For|With|During|On|At|Without|Under|By) [^,`]{2,40}), (?!and |or )(.+)$", sentence)
+    if not found:
+        return []
+    inner = found[2][0].upper() + found[2][1:]
+    forms = task(inner, page, path) or order(inner, page, path) or statement(inner, page, path)
+    return [(kind, f"{question} {found[1][0].lower()}{found[1][1:]}") for kind, question in forms]
+
+
 def order(sentence: str, _page: str, path: tuple[str, ...]) -> list[Form]:
     """Roll the tent tightly with the short strap."""
     first, _, rest = sentence.partition(" ")
@@ -210,7 +220,7 @@ def statement(sentence: str, _page: str, _path: tuple[str, ...]) -> list[Form]:
     main = clipped(rest[: clause.start()] if clause else rest)
     asks: QuestionType = "conceptual" if clause and clause[1] in REASONS else "factual"
     when = ("Why" if asks == "conceptual" else "When") if clause else ""
-    if verb in BE:
+    if verb in BE or (base == "have" and rest.startswith("been ")):
         return _state(subject, verb, main, rest, when, asks)
     if verb in MODALS:
         return _possibility(subject, verb, main, when, asks)
@@ -248,7 +258,7 @@ def statement(sentence: str, _page: str, _path: tuple[str, ...]) -> list[Form]:
 
 def _state(subject: str, verb: str, main: str, rest: str, when: str, asks: QuestionType) -> list[Form]:
     passive = re.match(
-        r"(?:also |only |always |automatically |usually )?(\w{2,}(?:ed|en|ilt|ept|ut|ound|ept|own))\b ?(.*)$", main
+        r"((?:been )?(?:also |only |always |automatically |usually )?\w{2,}(?:ed|en|ilt|ept|ut|ound|ept|own))\b ?(.*)$", main
     )
     if not passive:
         is_what = re.match(r"(an?|the|one|two|three|four|five|all)\b|[a-z]+s\b", main)
@@ -271,9 +281,9 @@ def _state(subject: str, verb: str, main: str, rest: str, when: str, asks: Quest
         forms.append(("factual", f"Where {verb} {subject} {done}{' from' if preposition == 'from' else ''}"))
     elif preposition in ("by", "with", "to", "for", "as", "into"):
         forms.append(("factual", f"What {verb} {subject} {done} {preposition}"))
-    forms += [("factual", f"How {verb} {subject} {done}"), ("factual", f"What happens to {subject}")]
-    forms.append(("factual", f"Can you tell me how {subject} {verb} {done}"))
-    return forms
+    if re.search(r"\b(by|with|using|via|through|as)\b", tail):
+        forms += [("factual", f"How {verb} {subject} {done}"), ("factual", f"Can you tell me how {subject} {verb} {done}")]
+    return [*forms, ("factual", f"What happens to {subject}")]
 
 
 def _possibility(subject: str, verb: str, main: str, when: str, asks: QuestionType) -> list[Form]:
