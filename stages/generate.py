@@ -22,7 +22,19 @@ from stages.llm import Endpoint, Engine, Reply, Store, Tally, ask_all, endpoints
 from stages.models import as_hf_folder, load_embedder, load_tokenizer
 from stages.params import Count, Models, NonNegative, Positive, Share
 from stages.program import BadInput, LimitBroken, run, say
-from stages.recipes import Ask, Draft, Recipe, asks_about, drafts_in, faults_of, naming, repair_of, retries_of, with_evidence
+from stages.recipes import (
+    Ask,
+    Draft,
+    Recipe,
+    asks_about,
+    drafts_in,
+    faults_of,
+    heading_drafts,
+    naming,
+    repair_of,
+    retries_of,
+    with_evidence,
+)
 from stages.records import Candidate, Chunk, Curated, Failure, QuestionType, content_id, read_records, write_records
 
 CONTEXT_TOKENS = 2048
@@ -83,18 +95,32 @@ def read_reply(ask: Ask, reply: Reply) -> Asked:
         return Asked(ask, reply, detail=" ".join(str(error).split())[:300])
 
 
-def bare_sections(chunks: Sequence[Chunk], drafts: Iterable[Draft], embed: Embed, min_similarity: float) -> list[Chunk]:
-    """The first chunk of each section without a sound draft: one without a fault, and near enough to its evidence.
+def without(sections: set[str], chunks: Sequence[Chunk]) -> dict[str, list[Chunk]]:
+    """The chunks of each section that is not in `sections`, in reading order."""
+    found: dict[str, list[Chunk]] = defaultdict(list)
+    for chunk in sorted(chunks, key=lambda chunk: (chunk.path, chunk.start)):
+        if chunk.section_id not in sections:
+            found[chunk.section_id].append(chunk)
+    return found
 
-    Whether a draft is sound depends on its own section alone, so that an edit elsewhere asks nothing again.
+
+def sound_sections(drafts: Iterable[Draft], embed: Embed, min_similarity: float) -> set[str]:
+    """Ids of the sections with a draft that has no fault and is near enough to its evidence.
+
+    It depends on the section alone, so that an edit elsewhere asks nothing again.
     """
     checked = [draft for draft in drafts if not faults_of(draft)]
     near = (embed([draft.question for draft in checked]) * embed([ground(draft) for draft in checked])).sum(1) if checked else []
-    sound = {draft.chunk.section_id for draft, cosine in zip(checked, near, strict=True) if cosine >= min_similarity}
-    first: dict[str, Chunk] = {}
-    for chunk in sorted(chunks, key=lambda chunk: (chunk.path, chunk.start)):
-        first.setdefault(chunk.section_id, chunk)
-    return [chunk for section, chunk in first.items() if section not in sound]
+    return {draft.chunk.section_id for draft, cosine in zip(checked, near, strict=True) if cosine >= min_similarity}
+
+
+def found_sections(trips: Iterable[Ranked], min_similarity: float) -> set[str]:
+    """Ids of the sections with a draft whose round trip leads back to it."""
+    return {
+        trip.draft.chunk.section_id
+        for trip in trips
+        if trip.rank == 1 and trip.similarity >= min_similarity and not faults_of(trip.draft)
+    }
 
 
 def ground(draft: Draft) -> str:
@@ -105,7 +131,8 @@ def ground(draft: Draft) -> str:
 def round_trips(drafts: Sequence[Draft], chunks: Sequence[Chunk], embed: Embed) -> list[Ranked]:
     """Each draft with its round trip through the passages of all `chunks`. A question that leads elsewhere is put again with its page's name.
 
-    Not elsewhere are passages that overlap the draft's own, lack a name that the question sets as code, or are nearer by less than TIE.
+    Not elsewhere are passages that overlap the draft's own, lack a name that the question sets as code, or are nearer by less than TIE;
+    for a question made from a heading, those under that heading.
     """
     import numpy as np
 
@@ -113,12 +140,12 @@ def round_trips(drafts: Sequence[Draft], chunks: Sequence[Chunk], embed: Embed) 
         return []
     others = sorted(
         {
-            (f"{' > '.join(chunk.heading_path)}: {passage.answer}", passage.quote)
+            (f"{' > '.join(chunk.heading_path)}: {passage.answer}", passage.quote, chunk.heading_path)
             for chunk in chunks
             for passage in passages_of(chunk.markdown())
         }
     )
-    places = embed([text for text, _ in others]) if others else np.zeros((0, 1))
+    places = embed([text for text, *_ in others]) if others else np.zeros((0, 1))
     own = embed([ground(draft) for draft in drafts])
 
     def trip(questions: list[str]) -> list[tuple[float, int]]:
@@ -126,10 +153,16 @@ def round_trips(drafts: Sequence[Draft], chunks: Sequence[Chunk], embed: Embed) 
         for draft, question, vector, evidence in zip(drafts, questions, embed(questions), own, strict=True):
             similarity = float(vector @ evidence)
             nearer = [others[place] for place in np.flatnonzero(places @ vector > similarity + TIE)] if others else []
-            elsewhere = [text for text, quote in nearer if quote not in draft.quote and draft.quote not in quote]
-            codes = re.findall("`[^`]+`", question)
-            rank = 1 + sum(1 for text in elsewhere if all(code in text for code in codes))
-            found.append((round(similarity, 4), rank))
+            names = [rf"(?<!\w){re.escape(code)}(?!\w)" for code in re.findall("`([^`]+)`", question)]
+            elsewhere = [
+                text
+                for text, quote, heading_path in nearer
+                if quote not in draft.quote
+                and draft.quote not in quote
+                and (draft.recipe != "heading" or heading_path != draft.chunk.heading_path)
+                and all(re.search(name, text) for name in names)
+            ]
+            found.append((round(similarity, 4), 1 + len(elsewhere)))
         return found
 
     trips = []
@@ -280,8 +313,8 @@ def main(
         asked += put([repair for one in asked if (repair := repair_of(one.ask, one.reply, generate))], "repairs")
         embed = embedding(models)
         drafts = with_evidence([draft for one in asked for draft in one.drafts], embed)
-        bare = bare_sections(chosen, drafts, embed, generate.min_similarity)
-        retries = put([ask for chunk in bare for ask in retries_of(chunk, generate, model)], "second tries")
+        bare = without(sound_sections(drafts, embed, generate.min_similarity), chosen)
+        retries = put([ask for some in bare.values() for ask in retries_of(some[0], generate, model)], "second tries")
         asked += retries
         drafts += [draft for one in retries for draft in one.drafts]
         keys = {one.ask.key for one in asked}
@@ -295,13 +328,18 @@ def main(
             )
         raise BadInput(f"{chunks}: no chunk holds a passage to ask about; add prose to the sources")
     trips = distinct(round_trips(drafts + brought, chosen, embed))
+    missed = without(found_sections(trips.values(), generate.min_similarity), chosen)
+    by_heading = [
+        draft for some in missed.values() for draft in next(filter(None, (heading_drafts(chunk, generate) for chunk in some)), [])
+    ]
+    trips = distinct([*trips.values(), *round_trips(by_heading, chosen, embed)])
+    left = without(found_sections(trips.values(), generate.min_similarity), chosen)
     endings, fruitless = endings_of(asked, {trip.draft.key for trip in trips.values()})
     heard = {one.ask.chunk.id for one in asked}
     lost += fruitless
     lost += [failure(chunk.id, "no-fact", "no passage can stand as an answer") for chunk in chosen if chunk.id not in heard]
     lost += [failure(chunk.id, "not-chosen", "beyond generate.max_chunks") for chunk in set(every) - set(chosen)]
-    still_bare = bare_sections(chosen, drafts, embed, generate.min_similarity)
-    lost += [failure(chunk.id, "nothing-sound", "no question of its section is near its evidence") for chunk in still_bare]
+    lost += [failure(some[0].id, "nothing-sound", "no question of its section leads back to it") for some in left.values()]
     found = candidates_of(trips, model[:16])
     write_records(candidates, found)
     write_records(failures, lost)
@@ -312,11 +350,9 @@ def main(
         "calls": endings.total(),
         **{ending: endings[ending] for ending in ("accepted", "rejected", "failed")},
         "repaired": sum(1 for one in asked if len(one.ask.request.messages) > 2 and one.ask.recipe == "free"),
-        "second_tries": len(retries),
-        "sections_tried_twice": len(bare),
-        "sections_without_sound": len(still_bare),
-        "drafts": len(drafts) + len(brought),
-        "repeated": len(drafts) + len(brought) - len(found),
+        "sections_tried_again": len(missed),
+        "sections_without_sound": len(left),
+        "repeated": sum(len(one.drafts) for one in asked) + len(brought) + len(by_heading) - len(found),
         "candidates": len(found),
         "by_type": dict(sorted(Counter(candidate.type for candidate in found).items())),
         "by_recipe": dict(sorted(Counter(candidate.recipe for candidate in found).items())),
@@ -325,7 +361,7 @@ def main(
     say(
         f"generate: {counts['calls']} calls ({reused} reused, {counts['calls'] - reused} generated, {removed} of earlier texts "
         f"{'removed' if prune else 'no longer used'}) = {counts['accepted']} accepted + {counts['rejected']} rejected + {counts['failed']} failed; "
-        f"{len(found)} candidates for {counts['facts']} facts; second tries for {len(bare)} sections, {len(still_bare)} still without a sound question"
+        f"{len(found)} candidates for {counts['facts']} facts; {len(missed)} sections tried again, {len(left)} still without a sound question"
     )
 
 

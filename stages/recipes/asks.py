@@ -83,15 +83,16 @@ def asks_about(chunk: Chunk, generate: Settings, model: str) -> list[Ask]:
 
 
 def retries_of(chunk: Chunk, generate: Settings, model: str) -> list[Ask]:
-    """The second try for a chunk whose section got no sound draft: its heading as the question, and a question of the teacher's own."""
+    """The second try for a chunk whose section got no sound draft, where its heading raises no question: one of the teacher's own."""
     lead = lead_of(chunk.markdown())
-    if lead is None:
-        return []
-    asks = []
-    if forms := _of_types(heading_forms(chunk.heading_path), generate.types):
-        asks.append(_choose(chunk, "heading", lead, forms, generate, model))
-    asks.append(_open(chunk, lead, generate, model))
-    return asks
+    return [_open(chunk, lead, generate, model)] if lead and not heading_forms(chunk.heading_path) else []
+
+
+def heading_drafts(chunk: Chunk, generate: Settings) -> list[Draft]:
+    """What the heading of `chunk` asks, answered by what the chunk says first; costs no call."""
+    lead = lead_of(chunk.markdown())
+    forms = _of_types(heading_forms(chunk.heading_path), generate.types) if lead else []
+    return [Draft(chunk, "heading", kind, question, lead.answer, lead.quote) for kind, question in forms if lead]
 
 
 def facts_of(chunk: Chunk, generate: Settings) -> list[tuple[Passage, list[Form]]]:
@@ -180,7 +181,7 @@ def with_evidence(drafts: Sequence[Draft], embed: Callable[[list[str]], Any]) ->
 def naming(draft: Draft) -> Draft:
     """`draft` with the name of its page at the head of the question, unless it is there."""
     page = thing(draft.chunk.heading_path[0]) if draft.chunk.heading_path else ""
-    if not page or words(page) in words(draft.question):
+    if not page or "?" in page or words(page) in words(draft.question):
         return draft
     return msgspec.structs.replace(draft, question=f"In {page}, {draft.question[0].lower()}{draft.question[1:]}")
 
@@ -218,7 +219,7 @@ def _open(chunk: Chunk, passage: Passage, generate: Settings, model: str) -> Ask
         messages.append(("user", prompt["user"].format(**example)))
         messages.append(("assistant", msgspec.json.encode({"question": example["question"]}).decode()))
     messages.append(("user", prompt["user"].format(topic=topic_of(chunk), answer=passage.answer, type=kind)))
-    schema = _object({"question": {"type": "string", "pattern": rf'^({BEGINNINGS}) [^?"\\\n]{{8,110}}\?$'}})
+    schema = _object({"question": {"type": "string", "pattern": rf'^({BEGINNINGS}) [^?"\\\n]{{8,110}}[\w`)]\?$'}})
     return Ask(chunk, "open", kind, _request(messages, schema, generate, model), passage)
 
 

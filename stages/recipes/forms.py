@@ -16,18 +16,15 @@ Form = tuple[QuestionType, str]
 
 MIN_CHARS, MAX_CHARS = 12, 140
 MAX_SUBJECT_WORDS = 9
-BE, MODALS = ("is", "are", "was", "were"), ("can", "must", "may", "will", "should")
+BE, MODALS = ("is", "are"), ("can", "must", "may", "will", "should")
 CLAUSE = re.compile(r"\s(when|if|unless|until|after|before|because|so that|since|while|as soon as|once)\s(?!which|that)")
 REASONS = ("because", "so that", "since")
 TOKEN = re.compile(r"`[^`]*`|[^\s,;:]+|[,;:]")
 LEANS = re.compile(
     r"(?i)\b((?:larger|smaller|higher|lower|longer|shorter|other|same) (?:value|number|one)s?|such|this|these|those|it|they|them|above|below|following|previous|here|let's|we|us|our)\b"
 )
-ABOUT: tuple[tuple[QuestionType, str], ...] = (
-    ("conceptual", "What should I know about"),
-    ("conceptual", "What does the documentation say about"),
-    ("conceptual", "Can you explain"),
-)
+ABOUT = ("What should I know about", "What does the documentation say about", "Can you explain")
+EXAMPLES = ("Can you show an example of", "Is there an example of", "What is an example of")
 PLACES = {"in": "Where", "on": "Where", "at": "Where", "under": "Where", "inside": "Where", "from": "Where"}
 MEANS = "use|run|type|call|execute|pass|set|provide|specify|add"
 
@@ -60,27 +57,35 @@ def forms_of(answer: str, heading_path: tuple[str, ...]) -> list[Form]:
 
 
 def heading_forms(heading_path: tuple[str, ...]) -> list[Form]:
-    """Questions that a section's heading raises."""
-    if not heading_path:
+    """Questions that a section's heading raises; [] for one that names nothing."""
+    name = thing(heading_path[0]) if heading_path else ""
+    if not heading_path or not (name or len(heading_path) > 1):
         return []
-    page, heading = heading_path[0], heading_path[-1]
-    heading = re.sub(
-        r"\{#[\w-]+\}", "", re.sub(r"^(Example|Examples|Optional|Tip|Note|Step \d+)\s*[:.-]\s*", "", heading)
-    ).strip()
-    name = thing(page)
+    found = [(kind, finished(question)) for kind, question in _heading_questions(heading_path, name)]
+    return [(kind, question) for kind, question in found if is_sound(question, leans=False)]
+
+
+def _heading_questions(heading_path: tuple[str, ...], name: str) -> list[Form]:
+    inside = f" in {name}" if name else ""
+    example = re.match(r"Examples?\b[\s:.-]*", heading_path[-1])
+    heading = re.sub(r"\s*\{#[\w-]+\}", "", heading_path[-1][example.end() if example else 0 :])
+    heading = re.sub(r"^(Optional|Tip|Note|Step \d+|\d+\.)\s*[:.-]?\s+", "", heading).strip(" :")
+    if example:
+        what = f"{lowered(heading)}{inside}" if heading else name
+        return [("procedural", f"{opening} {what}") for opening in EXAMPLES]
     if heading.lower() in english("generic_titles") or len(heading_path) == 1:
-        found: list[Form] = [(kind, f"{opening} {name}") for kind, opening in ABOUT] if name else []
-    elif heading.endswith("?"):
-        found = [("conceptual", heading.rstrip("?"))]
-    else:
-        first, _, rest = heading.removeprefix("How to ").partition(" ")
-        base = first.lower() if first.lower() in english("verbs") else base_of_gerund(first.lower())
-        inside = f" in {name}" if name else ""
-        if base and rest and not re.match(r"(is|are|and|of|example|examples)\b", rest):
-            found = how_to(f"{base} {rest}")
-        else:
-            found = [(kind, f"{opening} {lowered(heading)}{inside}") for kind, opening in ABOUT]
-    return [(kind, finished(question)) for kind, question in found if is_sound(finished(question), leans=False)]
+        return [("conceptual", f"{opening} {name or heading}") for opening in ABOUT]
+    if heading.endswith("?"):
+        return [("conceptual", heading)]
+    first, _, rest = heading.removeprefix("How to ").partition(" ")
+    base = first.lower() if first.lower() in english("verbs") else base_of_gerund(first.lower())
+    if base and rest and not re.match(r"(is|are|and|of|example|examples)\b", rest):
+        return how_to(f"{base} {rest}")
+    if re.search(r"\b(is|are|was|cannot|can't|does not|do not|fails?)\b", heading) and not re.match(
+        r"(What|How|Who|Why|When)\b", heading
+    ):
+        return [("procedural", f"{opening} {lowered(heading)}") for opening in ("What should I do when", "What can I do when")]
+    return [("conceptual", f"{opening} {lowered(heading)}{inside}") for opening in ABOUT]
 
 
 def option(sentence: str, page: str, _path: tuple[str, ...]) -> list[Form]:
@@ -114,13 +119,13 @@ def task(sentence: str, _page: str, _path: tuple[str, ...]) -> list[Form]:
     purposes = (
         r"(?:If you (?:want|need|wish|would like) to|To|In order to) (?P<do>[a-z-]+) (?P<what>.+?), (?!and |or ).+$",
         rf"(?i:(?:(?:you|we) (?:can|may|could) (?:also )?)?(?:{MEANS})) (?P<means>.{{2,60}}?) (?:in order )?to (?P<do>[a-z-]+) (?P<what>.+)$",
-        r"(?:You|We|Users|It's possible to|It is possible to)(?: can| may| could)? (?:also |now )?(?P<do>[a-z-]+) (?P<what>.+)$",
+        r"(?:(?:You|We|Users) (?:can|may|could)|It(?:'s| is) possible to) (?:also |now )?(?P<do>[a-z-]+) (?P<what>.+)$",
         r"(?:First, |Next, |Now |Finally, )?[Ll]et's (?:say we )?(?:first |now |also )?(?P<do>[a-z-]+) (?P<what>.+)$",
     )
     for purpose in purposes:
         found = re.match(purpose, sentence)
         if found and found["do"] in english("verbs") - english("no_task"):
-            what = re.split(r" (?:by running|by using|using|via) ", clipped(found["what"]))[0]
+            what = clipped(re.split(r" (?:by running|by using|using|via) ", clipped(found["what"]))[0])
             do = f"{found['do']} {what}"
             forms = how_to(do)
             means = found.groupdict().get("means") or ""
@@ -132,7 +137,7 @@ def task(sentence: str, _page: str, _path: tuple[str, ...]) -> list[Form]:
 
 def condition(sentence: str, _page: str, _path: tuple[str, ...]) -> list[Form]:
     """If the disk is full, the stage stops."""
-    found = re.match(r"(If|When|Once|After|Before|Unless|While|As soon as) (.+?), (.+)$", sentence)
+    found = re.match(r"(If|When|Once|After|Before|Unless|As soon as) (.+?), (.+)$", sentence)
     if not found or english("pronouns") & {found[2].split()[0].lower()} - {"you", "we"}:
         return []
     when = f"{found[1].lower()} {found[2]}"
@@ -173,7 +178,7 @@ def order(sentence: str, _page: str, path: tuple[str, ...]) -> list[Form]:
         len(path) == 1 and not rest.startswith("`") and re.fullmatch(r"[a-z][a-z -]*", path[0])
     ):  # a command's page says what it does
         return _deeds(thing(path[0]))
-    what = re.split(r" (?:with|by|using|via|so that|because|to) ", clipped(rest))[0]
+    what = clipped(re.split(r" (?:with|by|using|via|so that|because|to) ", clipped(rest))[0])
     return how_to(f"{first.lower()} {what}")
 
 
@@ -240,7 +245,7 @@ def statement(sentence: str, _page: str, _path: tuple[str, ...]) -> list[Form]:
         head
         and main
         and base not in english("causes")
-        and not re.match(r"(not|only|also|well|back|up|out|off|down|by|as|and|or)\b", head)
+        and not re.match(r"(not|only|like|also|well|back|up|out|off|down|by|as|and|or)\b", head)
     ):
         forms.append(("factual", f"What {do} {subject} {base}"))
         forms.append(("factual", f"Can you tell me what {subject} {verb}"))
@@ -382,11 +387,9 @@ def thing(title: str) -> str:
 
 def clipped(words: str) -> str:
     """`words` up to the end of the first clause or aside."""
-    return (
-        re.split(r"(?:\s[(\u2013\u2014-]|[,;:]|\s(?:so that|because|which|whereas|but|and then|e\.g\.|i\.e\.)\s)", words)[0]
-        .strip()
-        .rstrip(".")
-    )
+    aside = r"(?:\s[(\u2013\u2014-]|[,;:]|\s(?:so that|because|which|whereas|but|and then|e\.g\.|i\.e\.)\s)"
+    words = re.split(aside, words)[0].strip().rstrip(".")
+    return re.sub(r"( (when|if|to|for|in|on|by|with|of|and|or|the|an?|how|that|as|while))+$", "", words)
 
 
 def lowered(words: str) -> str:
