@@ -21,7 +21,7 @@ CLAUSE = re.compile(r"\s(when|if|unless|until|after|before|because|so that|since
 REASONS = ("because", "so that", "since")
 TOKEN = re.compile(r"`[^`]*`|[^\s,;:]+|[,;:]")
 LEANS = re.compile(
-    r"(?i)\b((?:larger|smaller|higher|lower|longer|shorter|other|same) (?:value|number|one)s?|such|this|these|those|it|they|them|above|below|following|previous|here|let's|we|us|our)\b"
+    r"(?i)\b(the same|(?:larger|smaller|higher|lower|longer|shorter|other|same) (?:value|number|one)s?|such|this|these|those|it|they|them|above|below|following|previous|here|let's|we|us|our)\b"
 )
 ABOUT = ("What should I know about", "What does the documentation say about", "Can you explain")
 EXAMPLES = ("Can you show an example of", "Is there an example of", "What is an example of")
@@ -263,7 +263,7 @@ def statement(sentence: str, _page: str, _path: tuple[str, ...]) -> list[Form]:
 
 def _state(subject: str, verb: str, main: str, rest: str, when: str, asks: QuestionType) -> list[Form]:
     passive = re.match(
-        r"((?:been )?(?:also |only |always |automatically |usually )?\w{2,}(?:ed|en|ilt|ept|ut|ound|ept|own))\b ?(.*)$", main
+        r"((?:been )?(?:also |only |always |automatically |usually )?(?:\w+(?:ed|en|ilt|ept|ound|own)|done|made|set|sent|run|read|put|cut|left|lost|held))\b ?(.*)$", main
     )
     if not passive:
         is_what = re.match(r"(an?|the|one|two|three|four|five|all)\b|[a-z]+s\b", main)
@@ -389,7 +389,7 @@ def clipped(words: str) -> str:
     """`words` up to the end of the first clause or aside."""
     aside = r"(?:\s[(\u2013\u2014-]|[,;:]|\s(?:so that|because|which|whereas|but|and then|e\.g\.|i\.e\.)\s)"
     words = re.split(aside, words)[0].strip().rstrip(".")
-    return re.sub(r"( (when|if|to|for|in|on|by|with|of|and|or|the|an?|how|that|as|while))+$", "", words)
+    return re.sub(r"( (when|if|to|for|in|on|by|with|of|and|or|the|an?|how|that|as|while|only|also|just))+$", "", words)
 
 
 def lowered(words: str) -> str:
