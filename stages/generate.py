@@ -131,8 +131,8 @@ def ground(draft: Draft) -> str:
 def round_trips(drafts: Sequence[Draft], chunks: Sequence[Chunk], embed: Embed) -> list[Ranked]:
     """Each draft with its round trip through the passages of all `chunks`. A question that leads elsewhere is put again with its page's name.
 
-    Not elsewhere are passages that overlap the draft's own, lack a name that the question sets as code, or are nearer by less than TIE;
-    for a question made from a heading, those under that heading.
+    Not elsewhere are passages that overlap the draft's own, lack a name that the question sets as code, or are nearer by less than TIE.
+    A question made from a heading names its own section: for it none is elsewhere.
     """
     import numpy as np
 
@@ -140,12 +140,12 @@ def round_trips(drafts: Sequence[Draft], chunks: Sequence[Chunk], embed: Embed) 
         return []
     others = sorted(
         {
-            (f"{' > '.join(chunk.heading_path)}: {passage.answer}", passage.quote, chunk.heading_path)
+            (f"{' > '.join(chunk.heading_path)}: {passage.answer}", passage.quote)
             for chunk in chunks
             for passage in passages_of(chunk.markdown())
         }
     )
-    places = embed([text for text, *_ in others]) if others else np.zeros((0, 1))
+    places = embed([text for text, _ in others]) if others else np.zeros((0, 1))
     own = embed([ground(draft) for draft in drafts])
 
     def trip(questions: list[str]) -> list[tuple[float, int]]:
@@ -153,16 +153,10 @@ def round_trips(drafts: Sequence[Draft], chunks: Sequence[Chunk], embed: Embed) 
         for draft, question, vector, evidence in zip(drafts, questions, embed(questions), own, strict=True):
             similarity = float(vector @ evidence)
             nearer = [others[place] for place in np.flatnonzero(places @ vector > similarity + TIE)] if others else []
-            names = [rf"(?<!\w){re.escape(code)}(?!\w)" for code in re.findall("`([^`]+)`", question)]
-            elsewhere = [
-                text
-                for text, quote, heading_path in nearer
-                if quote not in draft.quote
-                and draft.quote not in quote
-                and (draft.recipe != "heading" or heading_path != draft.chunk.heading_path)
-                and all(re.search(name, text) for name in names)
-            ]
-            found.append((round(similarity, 4), 1 + len(elsewhere)))
+            elsewhere = [text for text, quote in nearer if quote not in draft.quote and draft.quote not in quote]
+            codes = re.findall("`[^`]+`", question)
+            rank = 1 + sum(1 for text in elsewhere if all(code in text for code in codes))
+            found.append((round(similarity, 4), 1 if draft.recipe == "heading" else rank))
         return found
 
     trips = []

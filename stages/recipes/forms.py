@@ -263,7 +263,8 @@ def statement(sentence: str, _page: str, _path: tuple[str, ...]) -> list[Form]:
 
 def _state(subject: str, verb: str, main: str, rest: str, when: str, asks: QuestionType) -> list[Form]:
     passive = re.match(
-        r"((?:been )?(?:also |only |always |automatically |usually )?(?:\w+(?:ed|en|ilt|ept|ound|own)|done|made|set|sent|run|read|put|cut|left|lost|held))\b ?(.*)$", main
+        r"((?:been )?(?:also |only |always |automatically |usually )?(?:\w+(?:ed|en|ilt|ept|ound|own)|done|made|set|sent|run|read|put|cut|left|lost|held))\b ?(.*)$",
+        main,
     )
     if not passive:
         is_what = re.match(r"(an?|the|one|two|three|four|five|all)\b|[a-z]+s\b", main)
