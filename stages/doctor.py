@@ -122,11 +122,11 @@ def main() -> None:
     models = read_section("models", Models)
     for line in model_lines({name: getattr(models, name) for name in Models.__struct_fields__}):
         say(f"model     {line}")
-    endpoint = (yaml.safe_load(PARAMS_FILE.read_text(encoding="utf-8")).get("generate") or {}).get("endpoint")
-    if endpoint:
-        say(f"endpoint  {endpoint} {'answers' if is_reachable(endpoint) else 'does not answer'}")
-    else:
-        say("endpoint  none set (generate.endpoint); the stage starts a server of its own")
+    endpoints = (yaml.safe_load(PARAMS_FILE.read_text(encoding="utf-8")).get("generate") or {}).get("endpoints") or []
+    for endpoint in endpoints:
+        say(f"endpoint  {endpoint['url']} {'answers' if is_reachable(endpoint['url']) else 'does not answer'}")
+    if not endpoints:
+        say("endpoint  none set (generate.endpoints); the stage starts a server of its own")
     say(f"profile   {fitting_profile(max((size for _, size in cards), default=0.0), memory, disk)}")
 
 

@@ -8,6 +8,7 @@ Costs one call per fact (or per chunk and type); replies are kept in data/store,
 
 import contextlib
 import functools
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,6 +39,8 @@ from stages.recipes import (
 from stages.records import Candidate, Chunk, Curated, Failure, QuestionType, content_id, read_records, write_records
 
 CONTEXT_TOKENS = 2048
+CODE = re.compile("`[^`]+`")
+MAX_RANK = 10  # it stands for any higher one
 TIE = 0.03  # cosine; of 43 questions that another passage beat, those beaten by less were right by hand
 
 Embed = Callable[[list[str]], Any]  # texts -> unit vectors, shape (n, d)
@@ -73,7 +76,7 @@ class Ranked(msgspec.Struct, frozen=True):
 
     draft: Draft
     similarity: float  # cosine of question and own evidence
-    rank: int  # 1 + how many other passages are nearer to the question
+    rank: int  # 1 + how many other passages are nearer to the question, up to MAX_RANK
 
 
 def spread(chunks: Sequence[Chunk], limit: int) -> list[Chunk]:
@@ -145,26 +148,25 @@ def round_trips(drafts: Sequence[Draft], chunks: Sequence[Chunk], embed: Embed) 
             for passage in passages_of(chunk.markdown())
         }
     )
-    places = embed([text for text, _ in others]) if others else np.zeros((0, 1))
-    own = embed([ground(draft) for draft in drafts])
+    places = embed([text for text, _ in others])
+    codes_at = [set(CODE.findall(text)) for text, _ in others]
 
-    def trip(questions: list[str]) -> list[tuple[float, int]]:
-        found = []
-        for draft, question, vector, evidence in zip(drafts, questions, embed(questions), own, strict=True):
-            similarity = float(vector @ evidence)
-            nearer = [others[place] for place in np.flatnonzero(places @ vector > similarity + TIE)] if others else []
-            elsewhere = [text for text, quote in nearer if quote not in draft.quote and draft.quote not in quote]
-            codes = re.findall("`[^`]+`", question)
-            rank = 1 + sum(1 for text in elsewhere if all(code in text for code in codes))
-            found.append((round(similarity, 4), 1 if draft.recipe == "heading" else rank))
-        return found
+    def trip(draft: Draft) -> Ranked:
+        vector, evidence = embed([draft.question, ground(draft)])
+        similarity = float(vector @ evidence)
+        codes = set(CODE.findall(draft.question))
+        near = np.flatnonzero(places @ vector > similarity + TIE) if others else ()
+        nearer = (place for place in near if codes <= codes_at[place])
+        elsewhere = (1 for place in nearer if others[place][1] not in draft.quote and draft.quote not in others[place][1])
+        rank = 1 if draft.recipe == "heading" else 1 + sum(itertools.islice(elsewhere, MAX_RANK - 1))
+        return Ranked(draft, round(similarity, 4), rank)
 
-    trips = []
-    named = [naming(draft) for draft in drafts]
-    plain = trip([draft.question for draft in drafts])
-    for draft, better, first, second in zip(drafts, named, plain, trip([draft.question for draft in named]), strict=True):
-        trips.append(Ranked(better, *second) if first[1] > 1 == second[1] else Ranked(draft, *first))
-    return trips
+    embed([text for draft in drafts for text in (draft.question, ground(draft))])  # all at once is faster than one by one
+    trips = [trip(draft) for draft in drafts]
+    named = {place: naming(one.draft) for place, one in enumerate(trips) if one.rank > 1}
+    embed([draft.question for draft in named.values()])
+    better = {place: trip(draft) for place, draft in named.items()}
+    return [better[place] if place in better and better[place].rank == 1 else one for place, one in enumerate(trips)]
 
 
 def distinct(trips: Sequence[Ranked]) -> dict[str, Ranked]:
@@ -308,7 +310,8 @@ def main(
         embed = embedding(models)
         drafts = with_evidence([draft for one in asked for draft in one.drafts], embed)
         bare = without(sound_sections(drafts, embed, generate.min_similarity), chosen)
-        retries = put([ask for some in bare.values() for ask in retries_of(some[0], generate, model)], "second tries")
+        tries = [next(filter(None, (retries_of(chunk, generate, model) for chunk in some)), []) for some in bare.values()]
+        retries = put([ask for some in tries for ask in some], "second tries")
         asked += retries
         drafts += [draft for one in retries for draft in one.drafts]
         keys = {one.ask.key for one in asked}
@@ -321,6 +324,7 @@ def main(
                 f"none of {len(asked)} calls gave a question ({asked[0].detail}); check models.teacher and generate.max_tokens"
             )
         raise BadInput(f"{chunks}: no chunk holds a passage to ask about; add prose to the sources")
+    drafts.sort(key=lambda draft: bool(faults_of(draft)))  # of a pair and its repair, the one without fault is the first
     trips = distinct(round_trips(drafts + brought, chosen, embed))
     missed = without(found_sections(trips.values(), generate.min_similarity), chosen)
     by_heading = [
@@ -363,12 +367,12 @@ def embedding(models: Models) -> Embed:
     """The embedder of params.yaml as a function that embeds each text once."""
     import numpy as np
 
+    embedder = functools.cache(lambda: load_embedder(models.embedder))
     known: dict[str, Any] = {}
 
     def embed(texts: list[str]) -> Any:
         if new := sorted(set(texts) - known.keys()):
-            embedder = load_embedder(models.embedder)
-            known.update(zip(new, embedder.encode(new, batch_size=64, normalize_embeddings=True), strict=True))
+            known.update(zip(new, embedder().encode(new, batch_size=64, normalize_embeddings=True), strict=True))
         return np.array([known[text] for text in texts])
 
     return embed

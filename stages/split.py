@@ -110,7 +110,7 @@ def main(pairs: Path, train: Path, dev: Path, questions: Path, metrics: Path, *,
     if not parts.recall or not parts.train:
         raise LimitBroken(
             f"{pairs}: {len(every)} pairs leave {len(parts.train)} to train on and {len(parts.recall)} to test with; "
-            "add documents, or raise generate.samples or generate.pairs_per_chunk"
+            "add documents, or raise generate.wordings or generate.pairs_per_chunk"
         )
     examples = conversations(parts.train, split)
     write_records(train, examples)

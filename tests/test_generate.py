@@ -1,518 +1,732 @@
+"""generate: what is asked, what each reply comes to, and that nothing is lost whatever the teacher's server does."""
+
+import functools
 import json
 import os
 import re
+import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import stamina
 import yaml
 from conftest import MODELS
-from fake_endpoint import FakeEndpoint
+from fake_endpoint import FakeEndpoint, Turn
 
+from stages.evidence import fold
 from stages.generate import (
-    PROMPTS,
-    Ask,
-    Draft,
-    Fact,
     Params,
-    asks_free,
-    asks_quote_first,
-    drafts_of,
-    facts_of,
+    Ranked,
+    candidates_of,
+    curated_drafts,
+    distinct,
+    embedding,
+    found_sections,
     main,
-    paragraphs_of,
-    ranked,
-    readable,
+    round_trips,
+    sound_sections,
     spread,
-    type_of,
+    without,
 )
-from stages.llm import Reply, Request, Store, request_key
-from stages.models import load_embedder
-from stages.program import BadInput, LimitBroken, ServerFailed
-from stages.records import Candidate, Chunk, Failure, content_id, read_records, write_records
+from stages.llm import Endpoint
+from stages.program import BadInput, BadModelFile, LimitBroken, ServerFailed
+from stages.recipes import Draft
+from stages.records import Candidate, Chunk, Curated, Failure, content_id, read_records, write_records
 
+ROOT = Path(__file__).parents[1]
 GENERATE = Params(
     recipe="quote-first",
-    endpoint="",
+    endpoints=(),
     engine="auto",
     types=("factual", "conceptual", "procedural"),
     pairs_per_chunk=2,
-    samples=3,
+    wordings=2,
     temperature=0.7,
     max_tokens=64,
     seed=100,
+    min_similarity=0.3,
     max_chunks=0,
     concurrency=4,
     timeout_s=20,
 )
-ALL = GENERATE.types
-PROMPT = yaml.safe_load(PROMPTS.read_text(encoding="utf-8"))
-TEA = "Green tea steeps for three minutes at eighty degrees. A kettle is an electric pot that boils a litre in four minutes."
-BIKE = "The front light of the bicycle shines for twelve hours. The chain of the bicycle needs oil after every ride in the rain."
-CAT = "The grey cat sleeps on the piano for most of the day. The vet of the cat has a practice behind the town hall."
+KETTLE = "The tank of the kettle holds two litres of fresh water. To clean the kettle, fill the tank with vinegar and boil twice."
+BIKE = "The front light of the bicycle needs three small batteries. A chain of steel connects the pedals of the bicycle with its wheel."
+CAT = (
+    "The grey cat follows the postman through the whole village. To call the cat, open the window and rattle with a box of food."
+)
+STUB = "Two litres and not one drop more"
 
 
-def chunk(text: str, document: str = "d", heading: tuple[str, ...] = ("Manual",), **changes: Any) -> Chunk:
-    path = f"{document}.md"
+def chunk(text: str, page: str, start: int = 0, heading: str = "Use", **changes: Any) -> Chunk:
+    path, headings = f"{page.lower()}.md", (page, heading)
     return Chunk(
-        id=content_id(heading, text),
-        document_id=document,
-        section_id=content_id(path, heading),
+        id=content_id(headings, fold(text)),
+        document_id=page,
+        section_id=content_id(path, headings),
         path=path,
-        heading_path=heading,
-        start=0,
-        end=len(text),
+        heading_path=headings,
+        start=start,
+        end=start + len(text),
         text=text,
         **changes,
     )
+
+
+CHUNKS = (chunk(KETTLE, "Kettle"), chunk(BIKE, "Bicycle"), chunk(CAT, "Cat"))
 
 
 def but(**changes: Any) -> Params:
     return msgspec.structs.replace(GENERATE, **changes)
 
 
-def answers(text: str, limit: int = 99) -> list[str]:
-    return [fact.answer for fact in facts_of(chunk(text), limit, ALL)]
+@pytest.fixture(autouse=True)
+def without_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two attempts, at once; a server rests for 20 ms at first; all tests share one embedder, which embeds each text once."""
+    monkeypatch.setattr("stages.llm.pool.FIRST_REST_S", 0.02)
+    monkeypatch.setattr("stages.generate.embedding", kept_embedding)
+    stamina.set_testing(True, attempts=2)
+    yield
+    stamina.set_testing(False)
 
 
-@pytest.fixture(scope="module")
-def embed() -> Callable[[list[str]], Any]:
-    embedder = load_embedder(MODELS.embedder)
-    return lambda texts: embedder.encode(texts, normalize_embeddings=True)
+kept_embedding = functools.cache(embedding)
 
 
 # spread
 
 
 def test_a_subset_takes_a_chunk_from_every_document_before_a_second_from_any() -> None:
-    chunks = [chunk(f"{document}{n}", document) for document in ("a", "b", "c") for n in range(3)]
+    chunks = [chunk(f"{page}{n}", page) for page in ("a", "b", "c") for n in range(3)]
     assert [one.text for one in spread(chunks, 4)] == ["a0", "b0", "c0", "a1"]
     assert [one.text for one in spread(chunks, 2)] == ["a0", "b0"]
 
 
 def test_no_limit_or_a_high_one_takes_all_in_their_order() -> None:
-    chunks = [chunk(text, document) for text, document in (("x", "b"), ("y", "a"))]
+    chunks = [chunk(text, page) for text, page in (("x", "b"), ("y", "a"))]
     assert spread(chunks, 0) == spread(chunks, 2) == spread(chunks, 9) == chunks
 
 
-# facts
+# round trips, with vectors made by hand
 
 
-def test_sentences_of_paragraphs_and_list_items_are_facts_and_tables_code_and_headings_are_not() -> None:
-    text = (
-        "## A heading that is as long as a sentence, with a full stop.\n\n"
-        "The water tank of the machine holds two litres. The lamp of the\nmachine turns red when the tank is empty.\n\n"
-        "- The first item of the list is a whole sentence.\n\n"
-        "| a cell with a sentence as long as the others. | b |\n|---|---|\n| one more cell with a rather long sentence. | d |\n\n"
-        "```\nprint('The code block holds a long sentence as well.')\n```\n"
-    )
-    assert answers(text) == [
-        "The water tank of the machine holds two litres.",
-        "The lamp of the machine turns red when the tank is empty.",
-        "The first item of the list is a whole sentence.",
+def draft(
+    question: str, answer: str = "A tank holds two litres of water, as a rule.", page: str = "Kettle", quote: str = ""
+) -> Draft:
+    return Draft(chunk(answer, page), "free", "factual", question, answer, quote or answer)
+
+
+def turned(vectors: dict[str, float]) -> Callable[[list[str]], Any]:
+    """Texts as points on a circle, each at the angle of the first key that it contains; nearness is the cosine of the difference."""
+
+    def embed(texts: list[str]) -> Any:
+        angles = [next(angle for part, angle in vectors.items() if part in text) for text in texts]
+        return np.array([(np.cos(angle), np.sin(angle)) for angle in np.deg2rad(angles)])
+
+    return embed
+
+
+HERE = "A tank holds two litres of water, as a rule."
+THERE = "A lamp shows the heat of the water in colours."
+PAGES = (chunk(HERE, "Kettle"), chunk(THERE, "Lamp"))
+
+
+def test_a_question_nearest_to_its_own_passage_has_rank_1() -> None:
+    (trip,) = round_trips([draft("Tank?")], PAGES, turned({"ank?": 0, "litres": 10, "colours": 90}))
+    assert (trip.draft.question, trip.rank, trip.similarity) == ("Tank?", 1, 0.9848)  # cos 10 degrees
+
+
+def test_a_question_that_leads_elsewhere_is_put_again_with_its_page_and_kept_if_that_helps() -> None:
+    places = {"In Kettle, tank?": 12, "ank?": 80, "litres": 10, "colours": 90}
+    (trip,) = round_trips([draft("Tank?")], PAGES, turned(places))
+    assert (trip.draft.question, trip.rank, trip.similarity) == ("In Kettle, tank?", 1, 0.9994)  # cos 2 degrees
+    (trip,) = round_trips([draft("Tank?")], PAGES, turned(places | {"In Kettle, tank?": 70}))
+    assert (trip.draft.question, trip.rank, trip.similarity) == ("Tank?", 2, 0.342)  # cos 70 degrees; naming was of no use
+
+
+def test_a_passage_that_is_nearer_by_a_hair_is_a_tie() -> None:
+    # cos 46 degrees is 0.695 and cos 44 is 0.719, 0.025 more; cos 43 is 0.731, 0.037 more
+    (tie,) = round_trips([draft("In Kettle?")], PAGES, turned({"In Kettle?": 45, "litres": -1, "colours": 89}))
+    (beaten,) = round_trips([draft("In Kettle?")], PAGES, turned({"In Kettle?": 45, "litres": -1, "colours": 88}))
+    assert (tie.rank, beaten.rank) == (1, 2)
+
+
+def test_a_passage_that_holds_the_quote_or_lacks_the_questions_code_is_not_elsewhere() -> None:
+    part = draft("In Kettle?", quote="two litres of water")
+    around = [*PAGES, chunk("Of two litres of water is a tank a good home, colours apart.", "Pot")]
+    (trip,) = round_trips([part], around, turned({"In Kettle?": 90, "Pot": 90, "litres": 0, "colours": 0}))
+    assert trip.rank == 1
+    (trip,) = round_trips([draft("In Kettle, `tank`?")], PAGES, turned({"?": 90, "litres": 0, "colours": 90}))
+    assert trip.rank == 1  # the nearer passage does not know `tank`
+    named = [PAGES[0], chunk("A lamp shows the heat of the `tank` in colours.", "Lamp")]
+    (trip,) = round_trips([draft("In Kettle, `tank`?")], named, turned({"?": 90, "litres": 0, "colours": 90}))
+    assert trip.rank == 2
+
+
+def test_a_passage_within_a_longer_quote_is_not_elsewhere() -> None:
+    whole = draft("In Kettle?", f"{HERE} {THERE}")
+    (trip,) = round_trips([whole], PAGES, turned({"?": 90, "litres": 0, "colours": 90}))
+    assert trip.rank == 1
+    (trip,) = round_trips([draft("In Kettle?")], PAGES, turned({"?": 90, "litres": 0, "colours": 90}))
+    assert trip.rank == 2
+
+
+def test_a_question_made_from_a_heading_leads_to_its_section() -> None:
+    pages = [chunk(HERE, "Kettle"), chunk(THERE, "Kettle", start=90)]
+    circle = turned({"?": 90, "litres": 0, "colours": 90})
+    by_heading = msgspec.structs.replace(draft("In Kettle?"), recipe="heading")
+    assert [trip.rank for trip in round_trips([by_heading, draft("In Kettle?")], pages, circle)] == [1, 2]
+    assert [trip.rank for trip in round_trips([by_heading], PAGES, circle)] == [1]  # it names its section, whatever lies nearer
+
+
+def test_without_drafts_or_passages_there_is_nothing_to_rank() -> None:
+    assert round_trips([], PAGES, turned({})) == []
+    (trip,) = round_trips([draft("Tank?", "short")], [chunk("short", "Kettle")], turned({"": 0}))
+    assert (trip.rank, trip.similarity) == (1, 1.0)
+
+
+def test_wordings_of_a_fact_are_numbered_best_first_and_equal_ones_count_once() -> None:
+    trips = [
+        Ranked(draft("Far?"), 0.9, 3),
+        Ranked(draft("Near?"), 0.6, 1),
+        Ranked(draft("Nearest?"), 0.8, 1),
+        Ranked(draft("Near?"), 0.1, 9),
+        Ranked(draft("Near?", THERE, "Lamp"), 0.5, 1),
     ]
-
-
-def test_a_sentence_that_leans_on_the_one_before_is_taken_with_it() -> None:
-    text = "The water tank of the machine holds two litres. It must be emptied every evening."
-    assert answers(text) == [
-        "The water tank of the machine holds two litres.",
-        "The water tank of the machine holds two litres. It must be emptied every evening.",
-    ]
-
-
-def test_a_sentence_that_leans_on_nothing_is_no_fact() -> None:
-    assert answers("This must be emptied every evening before the kitchen closes.") == []
-
-
-def test_too_short_too_long_and_unfinished_sentences_are_left_out() -> None:
-    short, exact = "A" * 38 + ".", "B" * 39 + "."
-    longest, too_long = "C" * 319 + ".", "D" * 320 + "."
-    assert answers(f"{short}\n\n{exact}\n\n{longest}\n\n{too_long}") == [exact, longest]
-    assert answers("The steps to clean the machine every evening are these:") == []
-
-
-def test_an_abbreviation_does_not_end_a_sentence() -> None:
-    sentence = "Some teas, e.g. Oolong from the high mountains, may be steeped twice."
-    assert answers(sentence) == [sentence]
-
-
-def test_a_limit_spreads_the_facts_over_the_chunk() -> None:
-    sentences = [f"Sentence number {n} of the chunk is long enough to be a fact." for n in range(6)]
-    assert answers(" ".join(sentences), limit=3) == [sentences[0], sentences[2], sentences[4]]
-    assert answers(" ".join(sentences), limit=99) == sentences
-
-
-def test_a_quote_is_verbatim_and_its_answer_reads_without_markup() -> None:
-    (fact,) = facts_of(
-        chunk("Set the [timeout](https://x.example/t) of the **client**\nto ten seconds with `--wait <s>`."), 9, ALL
-    )
-    assert fact.quote == "Set the [timeout](https://x.example/t) of the **client** to ten seconds with `--wait <s>`."
-    assert fact.answer == "Set the timeout of the client to ten seconds with `--wait <s>`."
-    assert fact.type == "procedural"
-
-
-def test_paragraphs_that_markers_break_up_are_left_out() -> None:
-    text = "Plain words\nover two lines.\n\n> quoted words\n> over two lines\n\n> one line quoted\n"
-    assert paragraphs_of(text) == ["Plain words over two lines.", "one line quoted"]
-
-
-@pytest.mark.parametrize(
-    ("quote", "answer"),
-    [
-        ("See the [guide](https://x.example/a_b) now.", "See the guide now."),
-        ("See the [guide][ref] and [notes][] now.", "See the guide and notes now."),
-        ("Press <kbd>Ctrl</kbd> twice.", "Press Ctrl twice."),
-        ("Pass `<name>` and `List[int]` here.", "Pass `<name>` and `List[int]` here."),
-        ("A *very* **bold** __move__.", "A very bold move."),
-        ("Keep snake_case_names and 2 * 3 * 4.", "Keep snake_case_names and 2 * 3 * 4."),
-        ("white \n  space\tfolds", "white space folds"),
-        ("", ""),
-    ],
-)
-def test_an_answer_keeps_words_and_code_and_drops_markup(quote: str, answer: str) -> None:
-    assert readable(quote) == answer
-
-
-@pytest.mark.parametrize(
-    ("answer", "types", "kind"),
-    [
-        ("Use the short strap to roll the tent.", ALL, "procedural"),
-        ("After that you can close the lid.", ALL, "procedural"),
-        ("A kettle is a pot that boils water.", ALL, "conceptual"),
-        ("The tank holds two litres.", ALL, "factual"),
-        ("Use the short strap to roll the tent.", ("factual", "conceptual"), "factual"),
-        ("The tank holds two litres.", ("procedural",), "procedural"),
-        ("A kettle is a pot that boils water.", ("factual",), "factual"),
-    ],
-)
-def test_the_type_follows_the_wording_within_the_types_that_are_asked_for(answer: str, types: Any, kind: str) -> None:
-    assert type_of(answer, types) == kind
-
-
-# asks
-
-
-def test_each_fact_is_asked_about_samples_times_with_different_keys() -> None:
-    asks = asks_quote_first(chunk(TEA), GENERATE, PROMPT["quote-first"], "model")
-    assert [(ask.fact.answer[:9] if ask.fact else "", ask.sample, ask.request.seed) for ask in asks] == [
-        ("Green tea", 0, 100),
-        ("Green tea", 1, 101),
-        ("Green tea", 2, 102),
-        ("A kettle ", 0, 100),
-        ("A kettle ", 1, 101),
-        ("A kettle ", 2, 102),
-    ]
-    assert len({request_key(ask.request) for ask in asks}) == 6
-    roles = [role for role, _ in asks[0].request.messages]
-    assert roles == ["system", "user", "assistant", "user", "assistant", "user", "assistant", "user"]
-    assert asks[0].request.messages[-1][1] == (
-        "Topic: Manual\nAnswer: Green tea steeps for three minutes at eighty degrees.\nWrite a factual question."
-    )
-    assert asks[3].type == "conceptual"
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"temperature": 0.8}, {"max_tokens": 65}, {"seed": 200}, {"types": ("procedural",)}],
-)
-def test_a_setting_that_changes_the_question_changes_the_key(change: dict[str, Any]) -> None:
-    keys = [
-        {request_key(ask.request) for ask in asks_quote_first(chunk(TEA), set_, PROMPT["quote-first"], "m")}
-        for set_ in (GENERATE, but(**change))
-    ]
-    assert not keys[0] & keys[1]
-
-
-def test_the_free_recipe_asks_for_pairs_per_chunk_in_all_and_the_types_take_turns() -> None:
-    seen = set()
-    for text in ("a", "b", "c", "d", "e", "f", "g", "h"):
-        asks = asks_free(chunk(text), but(recipe="free", pairs_per_chunk=4), PROMPT["free"], "m")
-        shares = {ask.type: json.loads(bytes(ask.request.schema or b""))["properties"]["pairs"] for ask in asks}
-        assert sum(share["minItems"] for share in shares.values()) == 4
-        assert all(share["minItems"] == share["maxItems"] for share in shares.values())
-        assert sorted(share["minItems"] for share in shares.values()) == [1, 1, 2]
-        seen |= {kind for kind, share in shares.items() if share["minItems"] == 2}
-    assert seen == set(ALL)
-
-
-def test_a_free_request_shows_the_whole_chunk_and_how_many_pairs_to_write() -> None:
-    (ask,) = asks_free(chunk(TEA), but(recipe="free", types=("factual",)), PROMPT["free"], "m")
-    assert ask.fact is None
-    assert TEA in ask.request.messages[1][1]
-    assert "Write 2 factual questions" in ask.request.messages[1][1]
-
-
-# drafts
-
-REQUEST = Request("m", (("user", "u"),), 0.0, 1, 0)
-FACT_ASK = Ask(chunk(TEA), Fact("the *quote*", "the quote", "factual"), "factual", 0, REQUEST)
-FREE_ASK = Ask(chunk(TEA), None, "factual", 0, REQUEST)
-
-
-def test_a_reply_gives_a_draft_with_the_facts_answer_and_quote() -> None:
-    (draft,) = drafts_of(FACT_ASK, Reply('{"question": "How \\n long?"}'))
-    assert (draft.question, draft.answer, draft.quote) == ("How long?", "the quote", "the *quote*")
-
-
-def test_a_free_reply_gives_a_draft_for_each_pair() -> None:
-    pair = {"question": "How long?", "answer": " Three\nminutes. ", "quote": "for three\n  minutes"}
-    drafts = drafts_of(FREE_ASK, Reply(json.dumps({"pairs": [pair, pair]})))
-    assert [(draft.question, draft.answer, draft.quote) for draft in drafts] == [
-        ("How long?", "Three\nminutes.", "for three minutes")
-    ] * 2
-
-
-@pytest.mark.parametrize(
-    ("ask", "reply", "reason"),
-    [
-        (FACT_ASK, Reply("How long?"), "not the JSON asked for"),
-        (FACT_ASK, Reply('{"question": "How lo'), "not the JSON asked for"),
-        (FACT_ASK, Reply('{"query": "How long?"}'), "not the JSON asked for.*query"),
-        (FACT_ASK, Reply('{"question": "a?", "answer": "b"}'), "not the JSON asked for.*answer"),
-        (FACT_ASK, Reply('{"question": 7}'), "not the JSON asked for"),
-        (FACT_ASK, Reply(""), "not the JSON asked for"),
-        (FACT_ASK, Reply('{"question": "How long?"}', is_whole=False), "cut at max_tokens"),
-        (FACT_ASK, Reply("", failed="timed out"), "timed out"),
-        (FREE_ASK, Reply('{"pairs": []}'), "no pairs in the reply"),
-        (FREE_ASK, Reply('{"pairs": [{"question": "a?", "answer": "b"}]}'), "not the JSON asked for.*quote"),
-        (FREE_ASK, Reply('[{"question": "a?", "answer": "b", "quote": "c"}]'), "not the JSON asked for"),
-    ],
-)
-def test_a_reply_without_a_draft_says_why(ask: Ask, reply: Reply, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        drafts_of(ask, reply)
-
-
-# ranks
-
-
-def draft(question: str, answer: str, sample: int = 0) -> Draft:
-    return Draft(Ask(chunk(TEA), Fact(answer, answer, "factual"), "factual", sample, REQUEST), question, answer, answer)
-
-
-STEEP, BOIL = TEA.partition(" A kettle")[0], "A kettle" + TEA.partition(" A kettle")[2]
-
-
-def test_a_question_nearest_to_its_own_quote_has_rank_1_and_one_about_another_fact_has_not(embed: Any) -> None:
-    rows = {
-        one.question: one
-        for one in ranked(
-            [
-                draft("How long does green tea steep?", STEEP),
-                draft("How fast does a kettle boil a litre?", STEEP),
-                draft("What is a kettle?", BOIL),
-            ],
-            embed,
-            "model",
-            "quote-first",
-        )
+    found = candidates_of(distinct(trips), "model")
+    by_question = {(one.question, one.answer): (one.wording, one.rank, one.similarity) for one in found}
+    assert by_question == {
+        ("Nearest?", HERE): (1, 1, 0.8),
+        ("Near?", HERE): (2, 1, 0.6),
+        ("Far?", HERE): (3, 3, 0.9),
+        ("Near?", THERE): (1, 1, 0.5),
     }
-    assert rows["How long does green tea steep?"].rank == 1
-    assert rows["How fast does a kettle boil a litre?"].rank == 2
-    assert rows["What is a kettle?"].rank == 1
-    assert 0.5 < rows["How long does green tea steep?"].similarity <= 1
+    assert len({one.fact_id for one in found}) == 2 and len({one.id for one in found}) == 4
 
 
-def test_wordings_of_a_fact_are_numbered_best_first(embed: Any) -> None:
-    drafts = [
-        draft("Is water wet in the sea?", STEEP, 0),
-        draft("How fast does a kettle boil?", STEEP, 1),
-        draft("How long does green tea steep?", STEEP, 2),
-    ]
-    rows = sorted(ranked([*drafts, draft("What is a kettle?", BOIL)], embed, "m", "quote-first"), key=lambda row: row.wording)
-    steep = [row for row in rows if row.answer == STEEP]
-    assert [row.wording for row in steep] == [1, 2, 3]
-    assert steep[0].question == "How long does green tea steep?"
-    assert [(row.rank, -row.similarity) for row in steep] == sorted((row.rank, -row.similarity) for row in steep)
-    assert len({row.fact_id for row in steep}) == 1
-    assert [row.wording for row in rows if row.answer == BOIL] == [1]
+# sections without a sound draft
 
 
-def test_equal_questions_about_a_fact_stay_one_candidate_of_the_earliest_sample(embed: Any) -> None:
-    rows = ranked(
-        [draft("What is green tea?", STEEP, 2), draft("What is green tea?", STEEP, 1), draft("What is green tea?", BOIL, 0)],
-        embed,
-        "m",
-        "free",
+def test_a_section_is_sound_when_a_draft_of_its_own_has_no_fault_and_is_near_enough() -> None:
+    lamp = chunk(THERE, "Lamp")
+    near = turned({"?": 60, "Lamp": 0})  # cosine 0.5
+    sound = Draft(lamp, "free", "factual", "What does a lamp show?", THERE, THERE)
+    faulty = msgspec.structs.replace(sound, quote="A lamp shows nothing.")
+    assert sound_sections([faulty, sound], near, 0.49) == {lamp.section_id}
+    assert sound_sections([faulty, sound], near, 0.51) == set()
+    assert sound_sections([faulty], near, 0.1) == sound_sections([], near, 0.1) == set()
+
+
+def test_a_section_is_found_when_a_draft_of_its_own_leads_back_to_it() -> None:
+    lamp = chunk(THERE, "Lamp")
+    sound = Draft(lamp, "free", "factual", "What does a lamp show?", THERE, THERE)
+    faulty = msgspec.structs.replace(sound, quote="A lamp shows nothing.")
+    lost = [Ranked(sound, 0.9, 2), Ranked(sound, 0.4, 1), Ranked(faulty, 0.9, 1)]
+    assert found_sections(lost, 0.5) == set()
+    assert found_sections([*lost, Ranked(sound, 0.5, 1)], 0.5) == {lamp.section_id}
+
+
+def test_the_other_sections_come_with_their_chunks_in_reading_order() -> None:
+    first, later, lamp = chunk("one", "Kettle"), chunk("two", "Kettle", start=10), chunk(THERE, "Lamp")
+    assert without(set(), [lamp, later, first]) == {first.section_id: [first, later], lamp.section_id: [lamp]}
+    assert without({lamp.section_id}, [lamp, later, first]) == {first.section_id: [first, later]}
+
+
+# curated pairs
+
+
+def curated(quote: str, question: str = "What does the kettle hold?") -> Curated:
+    return Curated(
+        id=content_id(question, quote), question=question, answer="Two litres.", quote=quote, type="factual", origin="old.json"
     )
-    assert sorted((row.answer, row.sample, row.recipe) for row in rows) == [(BOIL, 0, "free"), (STEEP, 1, "free")]
+
+
+def test_a_curated_pair_stands_under_the_first_chunk_that_holds_its_quote_or_is_lost_by_name() -> None:
+    here, gone = curated("holds  two litres"), curated("holds three litres")
+    drafts, lost = curated_drafts([here, gone], CHUNKS)
+    assert [(one.chunk, one.recipe, one.question, one.answer) for one in drafts] == [
+        (CHUNKS[0], "curated", "What does the kettle hold?", "Two litres.")
+    ]
+    assert [(one.parent_id, one.reason, one.detail) for one in lost] == [
+        (gone.id, "no-evidence", "old.json: no chunk holds its quote")
+    ]
 
 
 # main
 
 
-def question_of(body: dict[str, Any]) -> str:
-    """A question that follows from the prompt alone: for an answer "The cat sleeps." it is "What about The cat sleeps?"."""
+def teacher(body: dict[str, Any]) -> str:
+    """A good reply: of offered questions always the first, else one that follows from the page alone."""
     prompt = body["messages"][-1]["content"]
-    found = re.search(r"Answer: (.{10,60}?)[ .]*\n", prompt) or re.search(r"Answer: (.{60})", prompt)
-    if found:
-        return json.dumps({"question": f"What about {found[1]}?"})
-    page = prompt.partition("Page:\n")[2]
-    quote = page.partition(".")[0] + "."
-    wanted = int(re.search(r"Write (\d+)", prompt)[1])  # type: ignore[index]
-    pairs = [{"question": f"What about {quote[:-1]} in case {n}?", "answer": quote, "quote": quote} for n in range(wanted)]
-    return json.dumps({"pairs": pairs})
+    if "response_format" not in body:
+        sentence = prompt.partition("Text:\n")[2].partition(".")[0]
+        return json.dumps([{"question": f"What is said of {sentence[:40]}?", "answer": f"{sentence}."}])
+    wanted = body["response_format"]["json_schema"]["schema"]["properties"]
+    if "pairs" in wanted:
+        page = body["messages"][1]["content"].partition("Page:\n")[2]
+        quote = page.partition(".")[0] + "."
+        wordings = wanted["pairs"]["items"]["properties"]["questions"]["minItems"]
+        pair = {"quote": quote, "answer": quote, "questions": [f"What about {quote[:-1]} ({n})?" for n in range(wordings)]}
+        return json.dumps({"pairs": [pair] * wanted["pairs"]["minItems"]})
+    if "question" in wanted:
+        return json.dumps({"question": f"What about {prompt.partition('Answer: ')[2][:30]}?"})
+    return json.dumps({key: offered["enum"][0] for key, offered in wanted.items()})
 
 
 class Files:
     """The paths of one run in `folder`."""
 
-    def __init__(self, folder: Path, *chunks: Chunk) -> None:
-        self.chunks, self.store = folder / "chunks.jsonl", folder / "store"
-        self.candidates, self.failures, self.metrics = (
-            folder / "candidates.jsonl",
-            folder / "failures.jsonl",
-            folder / "metrics.json",
-        )
+    def __init__(self, folder: Path, *chunks: Chunk, pairs: Sequence[Curated] = ()) -> None:
+        self.chunks, self.curated, self.store = folder / "chunks.jsonl", folder / "curated.jsonl", folder / "store"
+        self.outputs = [folder / name for name in ("candidates.jsonl", "failures.jsonl", "metrics.json")]
         write_records(self.chunks, chunks)
+        write_records(self.curated, pairs)
 
-    def run(self, endpoint: str, **changes: Any) -> dict[str, Any]:
-        models = msgspec.structs.replace(MODELS, teacher="fake")
-        settings = but(endpoint=endpoint, **changes)
-        main(self.chunks, self.store, self.candidates, self.failures, self.metrics, generate=settings, models=models)
-        metrics: dict[str, Any] = json.loads(self.metrics.read_text())
-        assert metrics["calls"] == metrics["usable"] + metrics["unusable"]
-        lost = read_records(self.failures, Failure)
-        whole_chunks = [loss for loss in lost if loss.reason in ("no-fact", "not-chosen")]
-        assert len(read_records(self.chunks, Chunk)) == metrics["chunks_asked"] + len(whole_chunks)
-        assert len(lost) - len(whole_chunks) == metrics["unusable"]
-        assert len(read_records(self.candidates, Candidate)) == metrics["candidates"]
+    def run(self, *fakes: FakeEndpoint, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+        """The metrics of a run with `fakes`, after its account was checked."""
+        settings = but(endpoints=tuple(Endpoint(fake.url, "fake") for fake in fakes), **changes)
+        main(self.chunks, self.curated, self.store, *self.outputs, generate=settings, models=MODELS, **(options or {}))
+        metrics: dict[str, Any] = json.loads(self.outputs[2].read_text()) if self.outputs[2].exists() else {}
+        if metrics:
+            candidates, lost = self.candidates(), self.failures()
+            assert metrics["calls"] == metrics["accepted"] + metrics["rejected"] + metrics["failed"]
+            requests = {loss.detail[-13:] for loss in lost if loss.detail.endswith(")")}
+            assert len(requests) == metrics["rejected"] + metrics["failed"]
+            assert len(candidates) == metrics["candidates"]
+            told_of = {one.chunk_id for one in candidates} | {loss.parent_id for loss in lost}
+            assert {one.id for one in read_records(self.chunks, Chunk)} <= told_of
         return metrics
 
+    def candidates(self) -> list[Candidate]:
+        return read_records(self.outputs[0], Candidate)
+
+    def failures(self) -> list[Failure]:
+        return read_records(self.outputs[1], Failure)
+
+    def reasons(self, page: Chunk) -> list[str]:
+        return sorted(loss.reason for loss in self.failures() if loss.parent_id == page.id)
+
     def written(self) -> list[bytes]:
-        return [path.read_bytes() for path in (self.candidates, self.failures, self.metrics)]
+        return [path.read_bytes() for path in self.outputs]
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> Files:
-    stub = chunk("Too short.", "d")
-    return Files(tmp_path, chunk(TEA, "a"), chunk(BIKE, "b"), chunk(CAT, "c"), stub)
+    return Files(tmp_path, *CHUNKS)
 
 
-def test_every_call_is_usable_or_unusable_and_every_chunk_asked_or_lost(files: Files) -> None:
-    def sometimes_broken(body: dict[str, Any]) -> str:
-        return "I would ask this." if "chain of the bicycle" in body["messages"][-1]["content"] else question_of(body)
+def test_a_good_teacher_gives_the_first_offered_questions_with_their_passages(files: Files) -> None:
+    with FakeEndpoint(text=teacher) as fake:
+        metrics = files.run(fake)
+    assert len(fake.bodies) == 6
+    assert {key: metrics[key] for key in ("chunks", "facts", "calls", "accepted", "rejected", "failed")} == {
+        "chunks": 3, "facts": 6, "calls": 6, "accepted": 6, "rejected": 0, "failed": 0,
+    }  # fmt: skip
+    kettle = {one.question: one for one in files.candidates() if one.chunk_id == CHUNKS[0].id}
+    assert sorted(kettle) == [
+        "Can you tell me what the tank of the kettle holds?",
+        "How do I clean the kettle?",
+        "What does the tank of the kettle hold?",
+        "What should I do to clean the kettle?",
+    ]
+    tank = kettle["What does the tank of the kettle hold?"]
+    assert tank.answer == tank.quote == "The tank of the kettle holds two litres of fresh water."
+    assert (tank.type, tank.recipe, tank.model, tank.rank) == ("factual", "quote-first", "fake", 1)
+    assert {one.wording for one in kettle.values()} == {1, 2}
+    assert metrics["by_recipe"] == {"quote-first": 12}
+    assert metrics["by_type"] == {"factual": 8, "procedural": 4}
+    assert files.failures() == []
 
-    with FakeEndpoint(text=sometimes_broken) as fake:
-        metrics = files.run(fake.url)
-    assert len(fake.bodies) == metrics["calls"] == 18  # 3 chunks x 2 facts x 3 samples
-    assert (metrics["usable"], metrics["unusable"]) == (15, 3)
-    assert (metrics["chunks"], metrics["chunks_asked"], metrics["facts"]) == (4, 3, 5)
-    assert (metrics["candidates"], metrics["repeated"]) == (5, 10)  # the fake's three samples are equal
-    reasons = sorted((loss.reason, loss.detail[:22]) for loss in read_records(files.failures, Failure))
-    assert reasons == [("no-fact", "no sentence can stand ")] + [("unusable-reply", "not the JSON asked for")] * 3
-    cat = next(one for one in read_records(files.candidates, Candidate) if one.answer.startswith("The vet"))
-    assert cat.quote == "The vet of the cat has a practice behind the town hall."
-    assert cat.chunk_id == chunk(CAT, "c").id
-    assert (cat.rank, cat.recipe, cat.wording) == (1, "quote-first", 1)
+
+# what a server can do wrong, about the bicycle only: its two passages; its heading asks without a call then
+
+FAILED: dict[Turn, str] = {
+    "429": "status 429",
+    "500": "status 500",
+    "400": "status 400",
+    "slow": "timed out",
+    "drip": "timed out",
+    "reset": "unreachable",
+    "no choices": "empty reply",
+    "null": "empty reply",
+    "empty": "unreadable reply",
+    "half json": "unreadable reply",
+    "huge": "unreadable reply: more than 4 MB",
+    "wrong keys": "unreadable reply",
+    "wrong types": "unreadable reply",
+    "nan": "unreadable reply",
+    "nested": "unreadable reply",
+    "html": "unreadable reply",
+    "declined": "refused: I can't help with that.",
+}
+UNUSABLE: dict[str, str] = {
+    "refusal": "I'm sorry, but I can't help with that.",
+    "prose": "Der Hund liegt neben dem Ofen.",
+    "empty": "",
+    "half json": '{"question_1": "What do',
+    "wrong keys": '{"query": "What is it?"}',
+    "nan": '{"question_1": NaN, "question_2": NaN, "question": NaN}',
+    "huge json": json.dumps({"question_1": "What " * 50_000}),
+    "null": "null",
+}
 
 
-def test_the_free_recipe_keeps_the_same_account(files: Files) -> None:
-    with FakeEndpoint(text=question_of) as fake:
-        metrics = files.run(fake.url, recipe="free", types=("factual", "conceptual"), pairs_per_chunk=3)
-    # 4 chunks, each asked once for each type; the types' shares are 2 and 1, and both replies tell of case 0
-    assert metrics["calls"] == metrics["usable"] == len(fake.bodies) == 8
-    assert (metrics["candidates"], metrics["repeated"]) == (8, 4)
-    assert {one.recipe for one in read_records(files.candidates, Candidate)} == {"free"}
+@pytest.mark.parametrize("fault", FAILED)
+def test_calls_that_a_server_fails_are_counted_as_failed_with_their_reason(fault: Turn, files: Files) -> None:
+    stamina.set_testing(True, attempts=1)
+    with FakeEndpoint(lambda prompt, _: fault if "bicycle" in prompt else "ok", teacher) as fake:
+        metrics = files.run(fake, timeout_s=2 if fault in ("slow", "drip") else 20)
+    assert (metrics["calls"], metrics["accepted"], metrics["rejected"], metrics["failed"]) == (6, 4, 0, 2)
+    assert files.reasons(CHUNKS[1]) == ["call-failed"] * 2
+    failed = [loss.detail for loss in files.failures() if loss.reason == "call-failed"]
+    assert all(detail.startswith(FAILED[fault]) for detail in failed), failed
+    assert (metrics["sections_tried_again"], metrics["sections_without_sound"]) == (1, 0)
+    assert {one.recipe for one in files.candidates() if one.chunk_id == CHUNKS[1].id} == {"heading"}
+
+
+@pytest.mark.parametrize("reply", UNUSABLE)
+def test_replies_that_cannot_be_used_are_counted_as_rejected_with_their_reason(reply: str, files: Files) -> None:
+    def sometimes(body: dict[str, Any]) -> str:
+        return UNUSABLE[reply] if "bicycle" in body["messages"][-1]["content"] else teacher(body)
+
+    with FakeEndpoint(text=sometimes) as fake:
+        metrics = files.run(fake)
+        assert (metrics["calls"], metrics["accepted"], metrics["rejected"], metrics["failed"]) == (6, 4, 2, 0)
+        assert files.reasons(CHUNKS[1]) == ["unusable-reply"] * 2
+        before = files.written(), len(fake.bodies)
+        files.run(fake)
+        assert (files.written(), len(fake.bodies)) == before  # kept, and not asked for again
+
+
+def test_a_reply_cut_at_the_limit_is_rejected_and_says_so(files: Files) -> None:
+    with FakeEndpoint(lambda prompt, _: "length" if "bicycle" in prompt else "ok", teacher) as fake:
+        assert files.run(fake)["rejected"] == 2
+    assert {loss.detail[:27] for loss in files.failures() if loss.reason == "unusable-reply"} == {"cut at generate.max_tokens "}
+
+
+def test_a_fault_that_passes_costs_nothing_but_another_try(files: Files) -> None:
+    with FakeEndpoint(lambda _, call: "ok" if call else "500", teacher) as fake:
+        metrics = files.run(fake, concurrency=1)
+    assert (metrics["calls"], metrics["accepted"], len(fake.bodies)) == (6, 6, 12)
+
+
+def test_a_failed_call_is_asked_again_by_the_next_run_and_no_other(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    with FakeEndpoint(text=teacher) as fake:
+        files.run(fake)
+        calm = files.written()
+    (files.store / "generate.sqlite").unlink()
+    with FakeEndpoint(lambda prompt, _: "400" if "bicycle" in prompt else "ok", teacher) as fake:
+        files.run(fake)
+    with FakeEndpoint(text=teacher) as fake:
+        files.run(fake)
+        assert len(fake.bodies) == 2 and all("bicycle" in body["messages"][-1]["content"] for body in fake.bodies)
+    assert files.written() == calm
+    assert (
+        "6 calls (4 reused, 2 generated, 0 of earlier texts no longer used) = 6 accepted + 0 rejected" in capsys.readouterr().out
+    )
+
+
+def test_a_model_that_is_swapped_stops_the_stage_and_writes_nothing(files: Files) -> None:
+    with (
+        FakeEndpoint(lambda prompt, _: "swapped" if "cat" in prompt else "ok", teacher) as fake,
+        pytest.raises(ServerFailed, match="answered as model .*, and as .* before"),
+    ):
+        files.run(fake, concurrency=1)
+    assert not any(path.exists() for path in files.outputs)
+
+
+def test_a_server_that_dies_stops_the_stage_and_the_next_run_asks_the_rest(files: Files) -> None:
+    with FakeEndpoint(text=teacher, dies_after=2) as fake, pytest.raises(ServerFailed, match="after 2 of 6 calls"):
+        files.run(fake, concurrency=1)
+    assert not any(path.exists() for path in files.outputs)
+    with FakeEndpoint(text=teacher) as fake:
+        assert files.run(fake)["accepted"] == 6
+        assert len(fake.bodies) == 4
+
+
+def test_a_teacher_that_never_answers_in_json_is_an_error_and_nothing_is_written(files: Files) -> None:
+    with FakeEndpoint() as fake, pytest.raises(LimitBroken, match=r"none of 6 calls gave a question \(not the JSON asked for"):
+        files.run(fake)
+    assert not any(path.exists() for path in files.outputs)
+
+
+def test_chunks_without_a_passage_are_an_error(tmp_path: Path) -> None:
+    with FakeEndpoint() as fake, pytest.raises(BadInput, match="no chunk holds a passage to ask about; add prose"):
+        Files(tmp_path, chunk("Short.", "A"), chunk("- a\n- b", "B")).run(fake)
+    assert fake.bodies == []
+
+
+def test_questions_in_another_language_become_candidates_that_lead_elsewhere_or_far_away(files: Files) -> None:
+    def foreign(body: dict[str, Any]) -> str:
+        prompt = body["messages"][1]["content"]
+        said = json.loads(teacher(body))
+        if "bicycle" in prompt:
+            said["pairs"][0]["questions"] = ["Wer wohnt heute noch im Schloss des Königs?", "Wie spät ist es jetzt in Tokio?"]
+        return json.dumps(said)
+
+    with FakeEndpoint(text=foreign) as fake:
+        files.run(fake, recipe="free", types=("factual",), pairs_per_chunk=1)
+    wrong = [one for one in files.candidates() if one.chunk_id == CHUNKS[1].id and one.recipe == "free"]
+    assert len(wrong) == 2
+    assert all(one.similarity < 0.3 for one in wrong)  # validate.min_similarity is higher
+
+
+# recipes
+
+
+def test_the_free_recipe_repairs_once_and_keeps_the_same_account(files: Files) -> None:
+    def careless(body: dict[str, Any]) -> str:
+        said = teacher(body)
+        return said if len(body["messages"]) > 2 else said.replace('"quote": "', '"quote": "Not so: ')
+
+    with FakeEndpoint(text=careless) as fake:
+        metrics = files.run(fake, recipe="free", types=("factual",), pairs_per_chunk=1)
+    assert (metrics["calls"], metrics["repaired"], metrics["failed"]) == (6, 3, 0)
+    repairs = [body["messages"] for body in fake.bodies if len(body["messages"]) > 2]
+    assert len(repairs) == 3
+    assert all(len(messages) == 4 and "copied word for word" in messages[3]["content"] for messages in repairs)
+
+
+def test_a_repair_that_fails_as_well_is_not_repaired_again(files: Files) -> None:
+    with FakeEndpoint(text=lambda body: "no" if "bicycle" in body["messages"][1]["content"] else teacher(body)) as fake:
+        metrics = files.run(fake, recipe="free", types=("factual",))
+    assert (metrics["calls"], metrics["repaired"], metrics["rejected"], len(fake.bodies)) == (5, 1, 2, 5)  # and a second try
+    assert files.reasons(CHUNKS[1])[-2:] == ["unusable-reply"] * 2
+
+
+def test_the_kits_recipe_keeps_the_same_account_and_finds_the_evidence(files: Files) -> None:
+    with FakeEndpoint(text=teacher) as fake:
+        metrics = files.run(fake, recipe="synthetic-data-kit")
+    assert metrics["by_recipe"] == {"synthetic-data-kit": 3} and metrics["accepted"] == 3
+    assert {one.quote for one in files.candidates()} == {text.partition(". ")[0] + "." for text in (KETTLE, BIKE, CAT)}
+
+
+def test_a_section_that_got_nothing_is_asked_by_its_heading_or_else_in_the_teachers_words(tmp_path: Path) -> None:
+    headed = chunk(STUB, "Lamp", heading="The tank")
+    nameless = msgspec.structs.replace(chunk(STUB, "Options"), heading_path=("Options",))
+    files = Files(tmp_path, *CHUNKS, headed, nameless)
+    with FakeEndpoint(text=teacher) as fake:
+        metrics = files.run(fake)
+    assert (metrics["calls"], metrics["sections_tried_again"]) == (7, 1)
+    found = {one.chunk_id: one for one in files.candidates() if one.recipe in ("heading", "open")}
+    assert (found[nameless.id].recipe, found[nameless.id].question) == ("open", f"What about {STUB[:30]}?")
+    assert found[headed.id].recipe == "heading" and found[headed.id].question.endswith("the tank in Lamp?")
+    assert {one.answer for one in found.values()} == {one.quote for one in found.values()} == {STUB}
+
+
+# curated
+
+
+def test_curated_pairs_are_candidates_beside_the_generated_ones_and_need_no_teacher(tmp_path: Path) -> None:
+    gone = curated("a quote that no page holds")
+    files = Files(tmp_path, *CHUNKS, pairs=[curated("holds two litres of fresh water"), gone])
+    with FakeEndpoint(text=teacher) as fake:
+        metrics = files.run(fake)
+    assert metrics["by_recipe"] == {"curated": 1, "quote-first": 12}
+    (brought,) = [one for one in files.candidates() if one.recipe == "curated"]
+    assert (brought.question, brought.answer, brought.chunk_id) == ("What does the kettle hold?", "Two litres.", CHUNKS[0].id)
+    assert [(loss.parent_id, loss.reason) for loss in files.failures()] == [(gone.id, "no-evidence")]
+    assert (metrics["calls"], metrics["accepted"]) == (6, 6)
+
+
+# what a rerun costs; test_incremental.py has the cost of edits
 
 
 def test_a_second_run_asks_nothing_and_writes_the_same_bytes(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
-    with FakeEndpoint(text=question_of) as fake:
-        files.run(fake.url)
+    with FakeEndpoint(text=teacher) as fake:
+        files.run(fake)
         before = files.written()
-        assert len(fake.bodies) == 18
-        files.run(fake.url)
-        assert len(fake.bodies) == 18
+        files.run(fake)
+        assert len(fake.bodies) == 6
     assert files.written() == before
-    assert "18 calls (18 reused, 0 asked" in capsys.readouterr().out
-
-
-def test_an_edited_sentence_is_the_only_one_asked_about(files: Files) -> None:
-    with FakeEndpoint(text=question_of) as fake:
-        files.run(fake.url)
-        edited = CAT.replace("behind the town hall", "beside the old mill")
-        write_records(files.chunks, [chunk(TEA, "a"), chunk(BIKE, "b"), chunk(edited, "c")])
-        fake.bodies.clear()
-        metrics = files.run(fake.url)
-    assert metrics["calls"] == 18
-    assert len(fake.bodies) == 3
-    assert all("beside the old mill" in body["messages"][-1]["content"] for body in fake.bodies)
-    assert not any("town hall" in one.quote for one in read_records(files.candidates, Candidate))
+    assert "6 calls (6 reused, 0 generated" in capsys.readouterr().out
 
 
 def test_a_subset_names_the_chunks_that_were_not_chosen(files: Files) -> None:
-    with FakeEndpoint(text=question_of) as fake:
-        metrics = files.run(fake.url, max_chunks=2)
-    assert (metrics["chunks"], metrics["calls"]) == (2, 12)
-    lost = {loss.parent_id: loss.reason for loss in read_records(files.failures, Failure)}
-    assert lost == {chunk(CAT, "c").id: "not-chosen", chunk("Too short.", "d").id: "not-chosen"}
+    with FakeEndpoint(text=teacher) as fake:
+        metrics = files.run(fake, max_chunks=2)
+    assert (metrics["chunks"], metrics["calls"]) == (2, 4)
+    assert [(loss.parent_id, loss.reason) for loss in files.failures()] == [(CHUNKS[0].id, "not-chosen")]
 
 
-def test_one_sentence_in_two_chunks_is_a_candidate_of_both(tmp_path: Path) -> None:
-    one, other = chunk(TEA, "a"), chunk(f"{TEA} And a bit more.", "b")
+def test_one_sentence_in_two_chunks_is_one_call_and_a_candidate_of_both(tmp_path: Path) -> None:
+    one, other = chunk(KETTLE, "Kettle"), chunk(f"{KETTLE} And a bit more.", "Kettle", start=500)
     files = Files(tmp_path, one, other)
-    with FakeEndpoint(text=question_of) as fake:
-        files.run(fake.url)
-    assert {candidate.chunk_id for candidate in read_records(files.candidates, Candidate)} == {one.id, other.id}
+    with FakeEndpoint(text=teacher) as fake:
+        metrics = files.run(fake)
+    assert (len(fake.bodies), metrics["calls"], metrics["facts"]) == (2, 2, 4)
+    assert {candidate.chunk_id for candidate in files.candidates()} == {one.id, other.id}
 
 
-def test_a_teacher_that_never_gives_json_is_an_error_and_nothing_is_written(files: Files) -> None:
-    with FakeEndpoint() as fake, pytest.raises(LimitBroken, match=r"none of 18 calls gave a question \(not the JSON asked for"):
-        files.run(fake.url)
-    assert not files.candidates.exists()
+def test_workers_and_the_order_of_endpoints_leave_the_outputs_as_they_are(tmp_path: Path) -> None:
+    written = []
+    with FakeEndpoint(text=teacher, latency_s=0.02) as one, FakeEndpoint(text=teacher) as other:
+        for place, (fakes, concurrency) in enumerate([((one,), 1), ((one,), 4), ((one, other), 4), ((other, one), 2)]):
+            (tmp_path / str(place)).mkdir()
+            files = Files(tmp_path / str(place), *CHUNKS, chunk(STUB, "Lamp"))
+            files.run(*fakes, concurrency=concurrency)
+            written.append(files.written())
+        assert other.bodies
+    assert written[1:] == written[:1] * 3
 
 
-def test_chunks_without_a_sentence_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="no chunk holds a sentence to ask about"):
-        Files(tmp_path, chunk("Short."), chunk("- a\n- b")).run("http://127.0.0.1:9/v1")
+# settings: each changes what is asked or what comes out
+
+ASKED: dict[str, Any] = {
+    "recipe": "free",
+    "types": ("factual",),
+    "pairs_per_chunk": 1,
+    "wordings": 1,
+    "temperature": 0.8,
+    "max_tokens": 65,
+    "seed": 101,
+    "max_chunks": 1,
+}
 
 
-def test_a_server_that_dies_stops_the_stage_and_a_rerun_asks_the_rest(files: Files) -> None:
-    stamina.set_testing(True, attempts=2)
-    try:
-        with FakeEndpoint(text=question_of, dies_after=6) as fake, pytest.raises(ServerFailed, match="after 6 of 18 calls"):
-            files.run(fake.url)
-    finally:
-        stamina.set_testing(False)
-    assert not files.candidates.exists()
+def keys_asked(folder: Path, **changes: Any) -> set[str]:
+    """The keys of all requests of a run."""
+    folder.mkdir()
+    files = Files(folder, *CHUNKS)
+    with FakeEndpoint(text=teacher) as fake:
+        files.run(fake, **changes)
+    return {key for (key,) in sqlite3.connect(files.store / "generate.sqlite").execute("SELECT key FROM replies")}
 
 
-def test_an_unreachable_server_is_one_line_and_exit_code_1_and_kept_replies_stay(files: Files, tmp_path: Path) -> None:
-    with FakeEndpoint(text=question_of) as fake:
-        files.run(fake.url)
-    kept = (files.store / "replies.sqlite").read_bytes()
-    settings = msgspec.to_builtins(but(endpoint=fake.url, seed=500, concurrency=16))
-    models = {"base": MODELS.base, "teacher": "fake", "embedder": MODELS.embedder}
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"generate": settings, "models": models}))
-    paths = [files.chunks, files.store, files.candidates, files.failures, files.metrics]
+@pytest.fixture(scope="module")
+def usual_keys(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stages.generate.embedding", kept_embedding)
+        return keys_asked(tmp_path_factory.mktemp("usual") / "run")
+
+
+@pytest.mark.parametrize("setting", ASKED)
+def test_a_setting_changes_the_requests(setting: str, tmp_path: Path, usual_keys: set[str]) -> None:
+    changed = keys_asked(tmp_path / "run", **{setting: ASKED[setting]})
+    assert len(usual_keys) == 6
+    if setting == "max_chunks":
+        assert changed < usual_keys and len(changed) == 2
+    elif setting == "pairs_per_chunk":
+        assert len(changed) == 3
+    elif setting == "types":  # facts keep their requests where all their questions are of that type
+        assert changed and changed != usual_keys
+    else:
+        assert changed and not changed & usual_keys
+
+
+@pytest.mark.parametrize(("min_similarity", "sections"), [(0.3, 0), (0.999, 3)])
+def test_a_section_without_a_question_nearer_than_min_similarity_is_tried_again(
+    min_similarity: float, sections: int, files: Files
+) -> None:
+    with FakeEndpoint(text=teacher) as fake:
+        metrics = files.run(fake, min_similarity=min_similarity)
+    assert metrics["sections_tried_again"] == metrics["by_recipe"].get("heading", 0) / 3 == sections
+
+
+def test_every_setting_is_turned_in_this_file() -> None:
+    elsewhere = {"endpoints", "engine", "concurrency", "timeout_s", "min_similarity"}
+    assert {*ASKED, *elsewhere} == set(Params.__struct_fields__)
+
+
+def test_concurrency_bounds_the_calls_in_flight(tmp_path: Path) -> None:
+    for concurrency in (1, 3):
+        (tmp_path / str(concurrency)).mkdir()
+        with FakeEndpoint(text=teacher, latency_s=0.05) as fake:
+            Files(tmp_path / str(concurrency), *CHUNKS).run(fake, concurrency=concurrency)
+        assert fake.most_at_once == concurrency
+
+
+def test_timeout_is_how_long_a_reply_is_waited_for(tmp_path: Path) -> None:
+    stamina.set_testing(True, attempts=1)
+    for timeout_s, failed in ((1, 2), (20, 0)):
+        (tmp_path / str(timeout_s)).mkdir()
+        with FakeEndpoint(text=teacher, latency_s=1.2) as fake:
+            files = Files(tmp_path / str(timeout_s), CHUNKS[0])
+            if failed:
+                with pytest.raises(LimitBroken, match=r"none of 2 calls gave a question \(timed out\)"):
+                    files.run(fake, timeout_s=timeout_s)
+            else:
+                assert files.run(fake, timeout_s=timeout_s)["failed"] == 0
+
+
+def test_without_endpoints_the_engine_is_started_for_the_teacher(tmp_path: Path) -> None:
+    files = Files(tmp_path, *CHUNKS)
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher/config.json").write_text("{}")
+    models = msgspec.structs.replace(MODELS, teacher=str(tmp_path / "teacher"))
+    with pytest.raises(BadModelFile, match=r"teacher is not a \.gguf file, which llama\.cpp needs"):
+        main(files.chunks, files.curated, files.store, *files.outputs, generate=but(engine="llama.cpp"), models=models)
+
+
+# estimate
+
+
+def test_an_estimate_counts_what_is_missing_and_costs_nothing(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    with FakeEndpoint(text=teacher) as fake:
+        assert files.run(fake, options={"estimate": True}) == {}
+        assert fake.bodies == [] and not any(path.exists() for path in files.outputs)
+        found = re.search(
+            r"3 chunks, 6 calls, 0 of them kept: 6 to ask, ([\d,]+) prompt tokens and at most 384 new ones, time not",
+            capsys.readouterr().out,
+        )
+        assert (
+            found is not None and 1000 < int(found[1].replace(",", "")) < 4000
+        )  # 6 prompts of some 1,500 characters, 4 to a token
+        files.run(fake, max_chunks=2)
+        capsys.readouterr()
+        prices = {"estimate": True, "prompt_price": 2000.0, "new_price": 1_000_000.0}
+        files.run(fake, options=prices)
+        assert len(fake.bodies) == 4
+    said = capsys.readouterr().out
+    found = re.search(
+        r"6 calls, 4 of them kept: 2 to ask, ([\d,]+) prompt tokens and 14 new ones, about \d+\.\d min .*, (\d+\.\d\d) at", said
+    )
+    assert found is not None, said  # the fake says 7 new tokens for each reply
+    assert abs(float(found[2]) - (14 + int(found[1].replace(",", "")) * 0.002)) < 0.01
+
+
+def test_an_estimate_for_an_own_teacher_counts_with_its_tokenizer_and_starts_no_server(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert files.run(options={"estimate": True}) == {}
+    found = re.search(r"6 to ask, ([\d,]+) prompt tokens", capsys.readouterr().out)
+    assert found is not None and 1000 < int(found[1].replace(",", "")) < 4000
+
+
+# the command
+
+
+def test_an_unreachable_server_is_one_line_and_exit_code_1(files: Files, tmp_path: Path) -> None:
+    with FakeEndpoint() as fake:
+        url = fake.url
+    settings = msgspec.to_builtins(but(endpoints=(Endpoint(url, "fake"),)))
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"generate": settings, "models": msgspec.to_builtins(MODELS)}))
+    paths = [files.chunks, files.curated, files.store, *files.outputs]
     ended = subprocess.run(
         [sys.executable, "-m", "stages.generate", *map(str, paths)],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert ended.returncode == 1
-    assert (
-        ended.stderr.strip()
-        .splitlines()[-1]
-        .startswith(f"generate: the LLM server at {fake.url} stopped answering after 0 of 18 calls")
-    )
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"generate: the LLM server at {url} stopped answering after 0 of 6 calls"), ended.stderr
     assert "Traceback" not in ended.stderr
-    assert (files.store / "replies.sqlite").read_bytes() == kept
-    assert (
-        len(
-            Store(files.store).find(
-                request_key(ask.request)
-                for ask in asks_quote_first(chunk(TEA, "a"), GENERATE, PROMPT["quote-first"], f"{fake.url} fake")
-            )
-        )
-        == 6
+
+
+def test_help_names_the_options_and_answers_without_the_heavy_libraries() -> None:
+    code = (
+        "import sys, stages.generate; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy', 'httpx')))"
     )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    said = subprocess.run(
+        [sys.executable, "-m", "stages.generate", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert all(option in said.stdout for option in ("--estimate", "--prune", "--prompt-price", "--new-price"))

@@ -1,15 +1,16 @@
 """The growth laws: an edit costs the calls for its own words, and nothing else changes. Real stages, and a fake endpoint that counts."""
 
+import functools
 import importlib
 import inspect
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 import yaml
 from fake_endpoint import FakeEndpoint, chosen
 
+from stages import generate
 from stages.evidence import fold
 from stages.llm import Store
 from stages.params import read_section
@@ -27,7 +29,7 @@ from stages.records import Candidate, Document, Pair, by_id, read_records
 REPOSITORY = Path(__file__).parents[1]
 COMMANDS = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 STAGES = ("collect", "ingest", "chunk", "generate", "judge", "validate")
-CALLS = 14  # 6 sections of 2 facts, and one without a fact, which is tried in 2 other ways
+CALLS = 13  # 6 sections of 2 facts, and a page without a fact or a heading, which the teacher is asked about freely
 
 KETTLE = """# The Alto kettle
 
@@ -83,7 +85,8 @@ The chain of the Dura bicycle needs two drops of oil each week.
 
 To clean the chain, turn the pedals of the bicycle backwards.
 """
-PAGES = {"kettle.md": KETTLE, "lamp.md": LAMP, "radio.md": RADIO}
+NOTES = "Without a heading: clear glass, brushed steel, black rubber.\n"
+PAGES = {"kettle.md": KETTLE, "lamp.md": LAMP, "notes.md": NOTES, "radio.md": RADIO}
 
 
 class Project:
@@ -99,13 +102,13 @@ class Project:
     def outputs(self) -> list[bytes]:
         return [(self.folder / "data" / name).read_bytes() for name in ("candidates.jsonl", "generate_failures.jsonl")]
 
-    def set(self, url: str, **generate: Any) -> None:
+    def set(self, url: str, **changes: Any) -> None:
         params = yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
         params["collect"] = {"sources": {"pages": {"path": "pages"}}, "remotes": {}}
         params["models"]["base"] = params["models"]["embedder"]  # it only counts tokens here, and need not be unpacked first
         params["chunk"] |= {"max_tokens": 256, "min_prose_chars": 30}
         params["generate"] |= {"recipe": "quote-first", "pairs_per_chunk": 2, "wordings": 2, "min_similarity": 0.0}
-        params["generate"] |= {"endpoints": [{"url": url, "model": "fake"}], "concurrency": 1, "timeout_s": 30} | generate
+        params["generate"] |= {"endpoints": [{"url": url, "model": "fake"}], "concurrency": 1, "timeout_s": 30} | changes
         (self.folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
 
     def run(self, *stages: str, **flags: bool) -> None:
@@ -126,10 +129,10 @@ class Project:
         finally:
             os.chdir(here)
 
-    def asked(self, stages: tuple[str, ...] = STAGES[:4], text: Any = chosen, prune: bool = False, **generate: Any) -> list[str]:
+    def asked(self, stages: tuple[str, ...] = STAGES[:4], text: Any = chosen, prune: bool = False, **changes: Any) -> list[str]:
         """Runs `stages`; the last message of every call that was made."""
         with FakeEndpoint(text=text) as fake:
-            self.set(fake.url, **generate)
+            self.set(fake.url, **changes)
             self.run(*stages, prune=prune)
         return [body["messages"][-1]["content"] for body in fake.bodies]
 
@@ -148,6 +151,14 @@ class Project:
 def words_of(stage: str) -> list[str]:
     command: str = (COMMANDS[stage].get("do") or COMMANDS[stage])["cmd"]
     return command.replace("${key}", "pages").split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def texts_embedded_once() -> Iterator[None]:
+    """The embedder costs more than everything else here, and the same few texts come up in every run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "embedding", functools.cache(generate.embedding))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -204,8 +215,8 @@ def test_a_renamed_page_costs_nothing_and_changes_the_path_of_its_pairs_only(pro
     assert project.candidates.read_bytes() == undisturbed.candidates.read_bytes()
     before, after = pairs_of(undisturbed), pairs_of(project)
     assert without(after, "path", "section_id") == without(before, "path", "section_id")  # a section's id holds its path
-    paths = {(before[name].path, after[name].path) for name in before}
-    assert paths == {("kettle.md", "kettle.md"), ("lamp.md", "a-light.md"), ("radio.md", "radio.md")}
+    assert {pair.path for pair in before.values()} >= {"kettle.md", "lamp.md", "radio.md"}
+    assert all(after[name].path == pair.path.replace("lamp.md", "a-light.md") for name, pair in before.items())
 
 
 def test_a_moved_section_costs_nothing_and_its_pairs_follow_it(project: Project, undisturbed: Project) -> None:
@@ -240,8 +251,8 @@ def test_a_deleted_section_costs_nothing_and_leaves_no_pair(project: Project, un
 
 def test_changed_white_space_costs_nothing_and_keeps_pair_ids(project: Project, undisturbed: Project) -> None:
     for name, text in PAGES.items():
-        words = [" \n".join(line.rsplit(" ", 3)) if len(line) > 40 else line for line in text.split("\n")]  # wrapped anew
-        project.page(name).write_text("\n\n" + " \n\n\n".join(words).replace("\n\n\n \n", "\n\n\n"), encoding="utf-8")
+        wrapped = "\n".join(textwrap.fill(line, 30) for line in text.split("\n"))
+        project.page(name).write_text("\n" + wrapped.replace("\n\n", "  \n \n\n"), encoding="utf-8")
     before = (undisturbed.folder / "data/documents.jsonl").read_bytes()
     assert project.asked(STAGES) == []
     assert (project.folder / "data/documents.jsonl").read_bytes() != before
@@ -308,9 +319,7 @@ def killing_at(replies: int, pid: Callable[[], int]) -> Callable[[dict[str, Any]
     return text
 
 
-def test_of_two_runs_at_once_one_stops_with_code_75_and_the_other_loses_nothing(
-    project: Project, undisturbed: Project
-) -> None:
+def test_of_two_runs_at_once_one_stops_with_code_75_and_the_other_loses_nothing(project: Project, undisturbed: Project) -> None:
     shutil.rmtree(project.folder / "data/store")
     (project.folder / ".dvc").mkdir()
     is_asked, may_answer = threading.Event(), threading.Event()
@@ -351,10 +360,9 @@ def test_prune_drops_what_no_current_chunk_uses_and_nothing_else(project: Projec
 def test_every_pair_leads_back_to_its_quote_in_the_document_and_in_the_collected_file(undisturbed: Project) -> None:
     documents = by_id(read_records(undisturbed.folder / "data/documents.jsonl", Document))
     pairs = pairs_of(undisturbed).values()
-    assert {pair.path for pair in pairs} == set(PAGES)
+    assert {pair.path for pair in pairs} >= {"kettle.md", "lamp.md", "radio.md"}
     for pair in pairs:
         document = documents[pair.document_id]
         assert fold(document.text[pair.quote_start : pair.quote_end]) == pair.quote
         raw = undisturbed.folder / "data/raw" / document.source / "files" / document.path
         assert pair.quote in fold(raw.read_text(encoding="utf-8"))
-        assert pair.quote.split(" ", 1)[0] in json.dumps(PAGES[pair.path])

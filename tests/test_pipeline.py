@@ -11,7 +11,21 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-STAGES = ["collect@pages", "ingest", "chunk", "generate", "validate", "split", "train", "export", "answer", "evaluate", "report"]
+STAGES = [
+    "collect@pages",
+    "ingest",
+    "chunk",
+    "generate",
+    "judge",
+    "validate",
+    "coverage",
+    "split",
+    "train",
+    "export",
+    "answer",
+    "evaluate",
+    "report",
+]
 
 PAGES = {
     "kettle.md": """# The Alto kettle
@@ -53,7 +67,7 @@ The alarm is a clock of its own, so that it rings during a power cut as well.
 }
 SETTINGS = {
     "collect": {"sources": {"pages": {"path": "pages"}}},
-    "generate": {"pairs_per_chunk": 3, "samples": 4, "concurrency": 16},
+    "generate": {"pairs_per_chunk": 3, "wordings": 4, "concurrency": 16},
     "split": {"held_out_share": 0.2, "max_dev": 4},
     "train": {"num_train_epochs": 6, "logging_steps": 1, "eval_steps": 5, "warmup_steps": 1},
     "chat": {"max_new_tokens": 24},
@@ -83,6 +97,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(REPOSITORY / ".dvc/config", project / ".dvc/config")
     if (REPOSITORY / "models/cache").is_dir():
         shutil.copytree(REPOSITORY / "models/cache", project / "models/cache")
+    (project / "data").mkdir()
+    shutil.copy(REPOSITORY / "data/curated.jsonl", project / "data/curated.jsonl")
     for name, text in PAGES.items():
         (project / "pages").mkdir(exist_ok=True)
         (project / "pages" / name).write_text(text, encoding="utf-8")
@@ -111,9 +127,21 @@ def test_a_second_repro_runs_no_stage_and_status_is_clean(project: Path) -> None
 
 def test_every_candidate_is_a_pair_or_rejected_and_every_call_is_accounted_for(project: Path) -> None:
     generated, validated = metrics(project, "generate"), metrics(project, "validate")
-    assert generated["calls"] == generated["usable"] + generated["unusable"] > 0
-    assert generated["usable"] == generated["candidates"] + generated["repeated"]
+    assert generated["calls"] == generated["accepted"] + generated["rejected"] + generated["failed"] > 0  # type: ignore[operator]
+    assert generated["accepted"] >= 0.9 * generated["calls"]  # type: ignore[operator]
+    assert generated["drafts"] == generated["candidates"] + generated["repeated"] > generated["calls"]  # type: ignore[operator]
     assert generated["candidates"] == validated["candidates"] == validated["pairs"] + validated["rejected"]
+
+
+def test_the_judge_is_off_and_nothing_that_was_judged_counts(project: Path) -> None:
+    assert metrics(project, "judge") == {"used": False, "why": "judge.enabled is false"}
+    assert (project / "data/judgements.jsonl").read_bytes() == b""
+
+
+def test_every_section_is_on_the_map_and_most_have_a_pair(project: Path) -> None:
+    covered = metrics(project, "coverage")
+    assert covered["sections"] == 6  # three pages with two each
+    assert covered["covered"] >= 5  # type: ignore[operator]
 
 
 def test_every_pair_leads_back_to_the_words_of_its_page(project: Path) -> None:
@@ -169,13 +197,13 @@ def test_an_edited_page_is_noticed_and_asks_only_about_what_is_new(project: Path
     before = metrics(project, "generate")
     done = call(project, "dvc", "repro", "generate")
     assert done.returncode == 0, done.stderr
-    line = next(line for line in done.stdout.splitlines() if "reused" in line)
+    line = next(line for line in done.stdout.splitlines() if " reused, " in line)
     reused, asked = _counts(line)
     assert 0 < asked <= before["calls"] / 3  # type: ignore[operator]
     assert reused == metrics(project, "generate")["calls"] - asked  # type: ignore[operator]
 
 
 def _counts(line: str) -> tuple[int, int]:
-    found = re.search(r"\((\d+) reused, (\d+) asked", line)
+    found = re.search(r"\((\d+) reused, (\d+) generated", line)
     assert found is not None, line
     return int(found[1]), int(found[2])

@@ -84,7 +84,8 @@ def test_the_gpu_profile_is_the_recipe(params: Path) -> None:
         "engine": "unsloth",
     }
     assert {name: found["train"][name] for name in recipe} == recipe
-    asked = {"temperature": 0.7, "max_tokens": 512, "pairs_per_chunk": 2, "types": ["factual", "conceptual", "procedural"]}
+    # max_tokens is twice the recipe's 512, since a pair has several wordings and its evidence here
+    asked = {"temperature": 0.7, "max_tokens": 2 * 512, "pairs_per_chunk": 2, "types": ["factual", "conceptual", "procedural"]}
     assert {name: found["generate"][name] for name in asked} == asked
     assert found["export"]["serve"] == "q4_k_m" in found["export"]["quants"]
     assert found["chat"]["max_new_tokens"] == 256

@@ -7,15 +7,15 @@ import msgspec
 import pytest
 import yaml
 
-from stages.evidence import locate, words
 from stages.program import BadInput, BadParams, LimitBroken
-from stages.recipes import example_questions
 from stages.records import Candidate, Chunk, Judgement, Pair, Rejected, read_records, write_records
 from stages.validate import (
+    PROMPTS,
     SUITE,
     Params,
     Rule,
     broken_rules,
+    example_questions,
     main,
     pair_of,
     read_rules,
@@ -126,7 +126,7 @@ def rules() -> list[Rule]:
 
 
 def rows(*candidates: Candidate) -> Any:
-    return table(candidates, {"chunk": CHUNK}, JUDGEMENTS, example_questions())
+    return table(candidates, {"chunk": CHUNK}, JUDGEMENTS, example_questions(PROMPTS))
 
 
 def severity(name: str) -> str:
@@ -252,21 +252,16 @@ def test_a_rule_that_cannot_run_is_an_error_and_never_a_pass(change: dict[str, A
 # evidence
 
 
-def test_a_quote_is_found_with_white_space_compared_folded() -> None:
-    assert locate("b  c", "a b\n c d") == (2, 6)
-    assert locate("a.c", "abc a.c") == (4, 7)
-    assert locate("b d", "a b c d") is None
-    assert locate(" ", "a b") is None
-
-
 def test_offsets_of_a_pair_give_the_quote_in_the_documents_text() -> None:
     pair = pair_of(GOOD, CHUNK)
     assert DOCUMENT[pair.quote_start : pair.quote_end] == "Steep green tea for three minutes\n  at 80 degrees."
     assert (pair.section_id, pair.document_id, pair.path) == ("section", "doc", "tea.md")
 
 
-def test_questions_are_compared_without_case_and_marks() -> None:
-    assert words("How, long — is IT?") == words("how long is it") == "how long is it"
+def test_the_examples_of_every_recipe_are_known_and_none_is_there_twice() -> None:
+    questions = example_questions(PROMPTS)
+    assert {"How do I rinse the coffee machine?", "How can I get a new library card?"} <= set(questions)
+    assert len(questions) == len(set(questions)) == 12
 
 
 # main

@@ -11,6 +11,9 @@ SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!etc\.)(?<!vs\.)\
 LEANS_ON_BEFORE = re.compile(
     r"(?i)^\W*(it|its|this|that|these|those|they|them|then|there|he|she|such|here|also|however|note|see|otherwise|but|and|or|so|for example)\b"
 )
+POINTS_BACK = re.compile(
+    r"(?i)\b(this|these|that) (command|option|example|field|way|case|error|file|parameter|page|section|guide|value|flag)s?\b"
+)
 MIN_SENTENCE_CHARS, MAX_SENTENCE_CHARS = 40, 320
 MIN_LONG_CHARS, MAX_LONG_CHARS = 120, 480
 MIN_LEAD_CHARS = 30
@@ -41,6 +44,7 @@ def passages_of(text: str) -> list[Passage]:
             if (
                 answer.endswith((".", "!"))
                 and not LEANS_ON_BEFORE.match(answer)
+                and not (POINTS_BACK.search(answer) and quote == sentence)
                 and MIN_SENTENCE_CHARS <= len(answer) <= MAX_SENTENCE_CHARS
             ):
                 passages.append(Passage(quote=quote, answer=answer, length="short"))
@@ -53,8 +57,11 @@ def passages_of(text: str) -> list[Passage]:
 
 
 def lead_of(text: str) -> Passage | None:
-    """What a section says first, also where it is no whole sentence; None for a text without a paragraph that stands in it as written."""
-    found = blocks_of(text)
+    """What a section says first, also where it is no whole sentence; None for a text without a paragraph that stands in it as written.
+
+    A paragraph that announces code or a list comes before others, and one that leans on the text before it comes last.
+    """
+    found = sorted(blocks_of(text), key=lambda block: (bool(LEANS_ON_BEFORE.match(block[0])), not block[1]))
     for paragraph, block in found:
         for quote, answer in (
             (f"{paragraph} {fold(block)}", f"{readable(paragraph)}\n\n{block.strip()}"),

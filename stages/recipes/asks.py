@@ -85,7 +85,8 @@ def asks_about(chunk: Chunk, generate: Settings, model: str) -> list[Ask]:
 def retries_of(chunk: Chunk, generate: Settings, model: str) -> list[Ask]:
     """The second try for a chunk whose section got no sound draft, where its heading raises no question: one of the teacher's own."""
     lead = lead_of(chunk.markdown())
-    return [_open(chunk, lead, generate, model)] if lead and not heading_forms(chunk.heading_path) else []
+    is_asked = bool(_of_types(heading_forms(chunk.heading_path), generate.types))
+    return [_open(chunk, lead, generate, model)] if lead and not is_asked else []
 
 
 def heading_drafts(chunk: Chunk, generate: Settings) -> list[Draft]:
@@ -113,7 +114,8 @@ def facts_of(chunk: Chunk, generate: Settings) -> list[tuple[Passage, list[Form]
         rank = {kind: (taken.count(kind), order) for order, kind in enumerate(("procedural", "conceptual", "factual"))}
         best = min(short, key=lambda fact: rank[fact[1][0][0]])
         short.remove(best)
-        if not any(passage.answer.startswith(best[0].answer) for passage, _ in chosen):  # else one question had two answers
+        starts = [(passage.answer, best[0].answer) for passage, _ in chosen]
+        if not any(one.startswith(other) or other.startswith(one) for one, other in starts):  # else one question had two answers
             chosen.append(best)
     return chosen
 
@@ -181,7 +183,7 @@ def with_evidence(drafts: Sequence[Draft], embed: Callable[[list[str]], Any]) ->
 def naming(draft: Draft) -> Draft:
     """`draft` with the name of its page at the head of the question, unless it is there."""
     page = thing(draft.chunk.heading_path[0]) if draft.chunk.heading_path else ""
-    if not page or "?" in page or words(page) in words(draft.question):
+    if not page or "?" in page or f" {words(page)} " in f" {words(draft.question)} ":
         return draft
     return msgspec.structs.replace(draft, question=f"In {page}, {draft.question[0].lower()}{draft.question[1:]}")
 

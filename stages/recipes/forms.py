@@ -17,6 +17,7 @@ Form = tuple[QuestionType, str]
 MIN_CHARS, MAX_CHARS = 12, 140
 MAX_SUBJECT_WORDS = 9
 BE, MODALS = ("is", "are"), ("can", "must", "may", "will", "should")
+CLAUSES = ("when", "if", "unless", "until", "because", "since", "while")
 CLAUSE = re.compile(r"\s(when|if|unless|until|after|before|because|so that|since|while|as soon as|once)\s(?!which|that)")
 REASONS = ("because", "so that", "since")
 TOKEN = re.compile(r"`[^`]*`|[^\s,;:]+|[,;:]")
@@ -52,7 +53,7 @@ def forms_of(answer: str, heading_path: tuple[str, ...]) -> list[Form]:
     for shape in (option, task, condition, setting, order, deed_of_the_page, statement):
         if found := shape(sentence, page, heading_path):
             whole = [(kind, finished(question)) for kind, question in found]
-            return [(kind, question) for kind, question in whole if is_sound(question)]
+            return [(kind, question) for kind, question in whole if is_sound(question) and not tells_all(question, sentence)]
     return []
 
 
@@ -70,22 +71,24 @@ def _heading_questions(heading_path: tuple[str, ...], name: str) -> list[Form]:
     example = re.match(r"Examples?\b[\s:.-]*", heading_path[-1])
     heading = re.sub(r"\s*\{#[\w-]+\}", "", heading_path[-1][example.end() if example else 0 :])
     heading = re.sub(r"^(Optional|Tip|Note|Step \d+|\d+\.)\s*[:.-]?\s+", "", heading).strip(" :")
-    if example:
-        what = f"{lowered(heading)}{inside}" if heading else name
+    plain = lowered(heading) if heading[1:] == heading[1:].lower() else heading  # else a title that is all in capitals
+    first, _, rest = heading.removeprefix("How to ").partition(" ")
+    base = first.lower() if first.lower() in english("verbs") else base_of_gerund(first.lower())
+    is_task = bool(base and rest) and not re.match(r"(is|are|and|of|example|examples)\b", rest)
+    if example and not is_task:
+        what = f"{plain}{inside}" if heading else name
         return [("procedural", f"{opening} {what}") for opening in EXAMPLES]
     if heading.lower() in english("generic_titles") or len(heading_path) == 1:
         return [("conceptual", f"{opening} {name or heading}") for opening in ABOUT]
     if heading.endswith("?"):
         return [("conceptual", heading)]
-    first, _, rest = heading.removeprefix("How to ").partition(" ")
-    base = first.lower() if first.lower() in english("verbs") else base_of_gerund(first.lower())
-    if base and rest and not re.match(r"(is|are|and|of|example|examples)\b", rest):
+    if is_task:
         return how_to(f"{base} {rest}")
     if re.search(r"\b(is|are|was|cannot|can't|does not|do not|fails?)\b", heading) and not re.match(
         r"(What|How|Who|Why|When)\b", heading
     ):
-        return [("procedural", f"{opening} {lowered(heading)}") for opening in ("What should I do when", "What can I do when")]
-    return [("conceptual", f"{opening} {lowered(heading)}{inside}") for opening in ABOUT]
+        return [("procedural", f"{opening} {plain}") for opening in ("What should I do when", "What can I do when")]
+    return [("conceptual", f"{opening} {plain}{inside}") for opening in ABOUT]
 
 
 def option(sentence: str, page: str, _path: tuple[str, ...]) -> list[Form]:
@@ -178,11 +181,16 @@ def order(sentence: str, _page: str, path: tuple[str, ...]) -> list[Form]:
         len(path) == 1 and not rest.startswith("`") and re.fullmatch(r"[a-z][a-z -]*", path[0])
     ):  # a command's page says what it does
         return _deeds(thing(path[0]))
+    purpose = re.search(r" to ([a-z-]+) (.+)$", rest)
+    if purpose and purpose[1] in english("verbs"):
+        return how_to(f"{purpose[1]} {clipped(purpose[2])}")
     what = clipped(re.split(r" (?:with|by|using|via|so that|because|to) ", clipped(rest))[0])
     return how_to(f"{first.lower()} {what}")
 
 
 def how_to(task_words: str) -> list[Form]:
+    if re.match(r"[\w-]+ (with|by|as|for|via|of)\b", task_words):
+        return []
     openings = (
         "How do I",
         "What should I do to",
@@ -197,8 +205,9 @@ def how_to(task_words: str) -> list[Form]:
 def deed_of_the_page(sentence: str, page: str, path: tuple[str, ...]) -> list[Form]:
     """Returns the root of the project. (on the page of a command)"""
     first, _, rest = sentence.partition(" ")
-    is_about_page = len(path) == 1 or path[-1].lower() in english("generic_titles")
-    if not (base_of_third(first.lower()) and is_about_page and thing(page) and rest):
+    is_about_page = len(path) == 1 or (bool(path) and path[-1].lower() in english("generic_titles"))
+    base = base_of_third(first.lower())
+    if not (base and base not in english("states") and is_about_page and thing(page) and rest):
         return []
     if re.match(r"(of|in|on|and|or|is|are|was|can|beyond|from|to)\b", rest) or subject_and_verb(sentence):
         return []
@@ -267,9 +276,11 @@ def _state(subject: str, verb: str, main: str, rest: str, when: str, asks: Quest
         main,
     )
     if not passive:
-        is_what = re.match(r"(an?|the|one|two|three|four|five|all)\b|[a-z]+s\b", main)
+        is_what = re.match(r"(an?|the|one|two|three|four|five|all|any)\b|`", main) or (
+            verb == "are" and re.match(r"(?:[\w/-]+ ){0,3}[\w/-]+s\b", main)
+        )
         reason: list[Form] = [(asks, f"{when} {verb} {subject} {main}")] if when and main and not is_what else []
-        if not main or re.match(r"(not|also|only|always|still|to|in|on|at|as|up|out|for|from|with)\b", main):
+        if not is_what or re.match(r"(not|also|only|always|still|to|in|on|at|as|up|out|for|from|with)\b", main):
             return reason
         forms: list[Form] = [
             ("conceptual", f"What {verb} {subject}"),
@@ -289,7 +300,7 @@ def _state(subject: str, verb: str, main: str, rest: str, when: str, asks: Quest
         forms.append(("factual", f"What {verb} {subject} {done} {preposition}"))
     if re.search(r"\b(by|with|using|via|through|as)\b", tail):
         forms += [("factual", f"How {verb} {subject} {done}"), ("factual", f"Can you tell me how {subject} {verb} {done}")]
-    return [*forms, ("factual", f"What happens to {subject}")]
+    return forms or [("factual", f"What happens to {subject}")]
 
 
 def _possibility(subject: str, verb: str, main: str, when: str, asks: QuestionType) -> list[Form]:
@@ -308,7 +319,7 @@ def subject_and_verb(clause: str) -> tuple[str, str, str, str] | None:
     """(subject, verb as written, its base or "" for be and modals, the rest), or None where no verb follows a plain subject."""
     tokens = TOKEN.findall(clause)
     for place, token in enumerate(tokens[: MAX_SUBJECT_WORDS + 1]):
-        if token in ",;:":
+        if token in (*",;:", *CLAUSES):
             return None
         before = tokens[place - 1].lower() if place else ""
         if (
@@ -332,6 +343,7 @@ def subject_and_verb(clause: str) -> tuple[str, str, str, str] | None:
             or tokens[0].lower() in ("only", "both", "another", "such", "same")
             or (tokens[0].lower() in ("every", "each", "any", "all", "no") and token in BE)
             or tokens[place - 1] in ("one", "ones")
+            or (tokens[place - 1].rstrip("s") in english("hollow") and place < 4)
             or tokens[0].lower() in english("openers")
             or tokens[0] in ("-", "*", "$")
             or subject.count("(") != subject.count(")")
@@ -345,7 +357,7 @@ def subject_and_verb(clause: str) -> tuple[str, str, str, str] | None:
 def is_plural(subject: list[str]) -> bool:
     """Whether a subject takes a verb without s, by the noun that stands before its first "of", "with" or "that"."""
     head = next((place for place, token in enumerate(subject) if token in ("of", "with", "that", "in", "for")), len(subject))
-    return "and" in subject or (head > 0 and subject[head - 1].rstrip("`").endswith("s"))
+    return "and" in subject or (head > 0 and bool(re.search(r"(?<![sui])s`?$", subject[head - 1])))
 
 
 def base_of(word: str) -> str:
@@ -397,7 +409,9 @@ def lowered(words: str) -> str:
     """`words` without the capital of a sentence's beginning, where the first word is a common one."""
     first = words.split(" ")[0]
     common = first.lower() in english("determiners") | english("openers") | english("verbs") or base_of_third(first.lower())
-    is_common = common or re.fullmatch(r"[A-Z][a-z]+(ed|en|ing|ent|ant|ive|al|ous|ible|able|ions?|ments?|ers?|les?)", first)
+    is_common = common or re.fullmatch(
+        r"[A-Z][a-z]+(ed|en|ing|ent|ant|ive|al|ous|ible|able|ions?|ments?|ers?|les?|ies|ings|ents|ages)", first
+    )
     return words[0].lower() + words[1:] if is_common and re.fullmatch(r"[A-Z][a-z'-]*", first) else words
 
 
@@ -413,6 +427,12 @@ def finished(question: str) -> str:
     return fold(question).rstrip(" ,.;:?") + "?"
 
 
+def tells_all(question: str, sentence: str) -> bool:
+    """Whether `question` holds every word of `sentence` that tells something, so that nothing is left to answer."""
+    said = set(re.findall(r"`[^`]+`|\w+", question.lower()))
+    return not set(re.findall(r"`[^`]+`|\w{3,}", sentence.lower())) - said - english("empty")
+
+
 def is_sound(question: str, leans: bool = True) -> bool:
     """Whether `question` can stand alone: of a sane length, its marks in pairs, no word that points at the page."""
     if leans and LEANS.search(re.sub(r"`[^`]*`", "", question)):
@@ -421,5 +441,6 @@ def is_sound(question: str, leans: bool = True) -> bool:
         MIN_CHARS <= len(question) <= MAX_CHARS
         and question.count("`") % 2 == 0
         and question.count("(") == question.count(")")
-        and "$" not in re.sub(r"`[^`]*`", "", question)
+        and not re.search(r"\$|\?.", re.sub(r"`[^`]*`", "", question))
+        and question.count('"') % 2 == 0
     )

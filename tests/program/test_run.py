@@ -184,12 +184,16 @@ def test_help_answers_without_a_heavy_import(name: str) -> None:
 
 def test_a_stage_without_paths_takes_those_of_dvc_yaml(tmp_path: Path) -> None:
     program = tmp_path / "copy.py"
-    program.write_text("from pathlib import Path\nfrom stages.program import run\ndef main(one: Path, two: Path, loud: bool = False) -> None:\n    print(one, two, loud)\nrun(main)\n")
+    program.write_text(
+        "from pathlib import Path\nfrom stages.program import run\ndef main(one: Path, two: Path, loud: bool = False) -> None:\n    print(one, two, loud)\nrun(main)\n"
+    )
     (tmp_path / "dvc.yaml").write_text("stages:\n  copy:\n    cmd: python -m stages.copy data/a.txt 'data/b c.txt'\n")
 
     def output(*arguments: str) -> tuple[int, str]:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run([sys.executable, program, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, program, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
         return done.returncode, done.stdout + done.stderr.splitlines()[-1] if done.stderr else done.stdout
 
     assert output("--loud") == (0, "data/a.txt data/b c.txt True\n")

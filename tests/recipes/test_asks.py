@@ -17,6 +17,7 @@ from stages.recipes import (
     asks_about,
     drafts_in,
     faults_of,
+    heading_drafts,
     naming,
     repair_of,
     retries_of,
@@ -256,7 +257,11 @@ def test_the_kits_pairs_get_the_nearest_sentence_as_evidence_or_none() -> None:
     lamp = "The lamp of the kettle shows the heat in five colours."
     page = chunk(f"{FACTUAL}\n\n{lamp}")
     (ask,) = asks_about(page, but(recipe="synthetic-data-kit"), "m")
-    pairs = [("What does the tank hold?", "Two litres."), ("Which colours has the lamp?", "Five colours."), ("Where is the moon?", "The moon is far.")]
+    pairs = [
+        ("What does the tank hold?", "Two litres."),
+        ("Which colours has the lamp?", "Five colours."),
+        ("Where is the moon?", "The moon is far."),
+    ]
     drafts = drafts_in(ask, said([{"question": question, "answer": answer} for question, answer in pairs]))
     assert [draft.quote for draft in drafts] == ["", "", ""]
     kept = Draft(page, "free", "factual", "What?", "That.", "the quote")
@@ -266,25 +271,31 @@ def test_the_kits_pairs_get_the_nearest_sentence_as_evidence_or_none() -> None:
 
 # second tries
 
-
-def test_a_second_try_asks_by_the_heading_and_lets_the_teacher_write() -> None:
-    heading, written = retries_of(
-        chunk("Two litres, as written on the left side", headings=("Kettle", "The tank")), SETTINGS, "m"
-    )
-    assert (heading.recipe, written.recipe) == ("heading", "open")
-    assert heading.choices["question_1"] == [("conceptual", "What should I know about the tank in Kettle?")]
-    assert heading.passage == written.passage == Passage(*["Two litres, as written on the left side"] * 2, "long")
-    (draft,) = drafts_in(written, said({"question": "How much does\nthe tank hold?"}))
-    assert (draft.question, draft.answer, draft.type) == ("How much does the tank hold?", written.passage.answer, "conceptual")
-    assert json.loads(bytes(written.request.schema or b""))["properties"]["question"]["pattern"].startswith("^(How|What|")
-    assert written.request.messages[-1][1].endswith("Write a conceptual question.")
+LEAD = "Two litres, as *written* on the left side"
 
 
-def test_a_second_try_keeps_to_the_types_and_needs_a_paragraph() -> None:
-    page = chunk("Two litres, as written on the left side", headings=("Kettle", "The tank"))
-    (written,) = retries_of(page, but(types=("factual",)), "m")  # the heading raises conceptual questions
-    assert (written.recipe, written.type) == ("open", "factual")
-    assert retries_of(chunk("Short."), SETTINGS, "m") == []
+def test_a_heading_asks_without_a_call_and_is_answered_by_what_its_section_says_first() -> None:
+    page = chunk(f"Short.\n\n{LEAD}", headings=("Kettle", "The tank"))
+    assert [(draft.recipe, draft.type, draft.question, draft.key) for draft in heading_drafts(page, SETTINGS)] == [
+        ("heading", "conceptual", "What should I know about the tank in Kettle?", ""),
+        ("heading", "conceptual", "What does the documentation say about the tank in Kettle?", ""),
+        ("heading", "conceptual", "Can you explain the tank in Kettle?", ""),
+    ]
+    assert {(draft.answer, draft.quote) for draft in heading_drafts(page, SETTINGS)} == {(LEAD.replace("*", ""), LEAD)}
+    assert heading_drafts(page, but(types=("factual",))) == []
+    assert heading_drafts(chunk("Short.", headings=("Kettle", "The tank")), SETTINGS) == []
+    assert retries_of(page, SETTINGS, "m") == []
+
+
+def test_where_the_heading_asks_nothing_the_teacher_writes_a_question() -> None:
+    (ask,) = retries_of(chunk(LEAD, headings=("Options",)), SETTINGS, "m")
+    assert (ask.recipe, ask.type, ask.choices) == ("open", "conceptual", {})
+    assert ask.passage == Passage(LEAD, LEAD.replace("*", ""), "long")
+    (draft,) = drafts_in(ask, said({"question": "How much does\nthe tank hold?"}))
+    assert (draft.question, draft.answer, draft.quote) == ("How much does the tank hold?", ask.passage.answer, LEAD)
+    assert json.loads(bytes(ask.request.schema or b""))["properties"]["question"]["pattern"].startswith("^(How|What|")
+    assert ask.request.messages[-1][1] == f"Topic: Options\nAnswer: {ask.passage.answer}\nWrite a conceptual question."
+    assert retries_of(chunk("Short.", headings=("Options",)), SETTINGS, "m") == []
 
 
 # bad replies
@@ -292,7 +303,7 @@ def test_a_second_try_keeps_to_the_types_and_needs_a_paragraph() -> None:
 (CHOOSE,) = asks_about(chunk(FACTUAL), but(wordings=1), "m")
 (FREE,) = asks_about(chunk(FACTUAL), but(recipe="free", types=("factual",)), "m")
 (KIT,) = asks_about(chunk(FACTUAL), but(recipe="synthetic-data-kit"), "m")
-HEADING, OPEN = retries_of(chunk(FACTUAL), SETTINGS, "m")
+(OPEN,) = retries_of(chunk(FACTUAL, headings=()), SETTINGS, "m")
 GOOD = {"question_1": "What does the tank of the kettle hold?"}
 NO_JSON = "not the JSON asked for"
 REFUSAL = Reply("I'm sorry, but I can't help with that.")
@@ -302,7 +313,7 @@ def test_the_good_reply_that_the_bad_ones_differ_from_is_good() -> None:
     assert [draft.question for draft in drafts_in(CHOOSE, said(GOOD))] == [GOOD["question_1"]]
 
 
-@pytest.mark.parametrize("ask", [CHOOSE, FREE, KIT, HEADING, OPEN], ids=lambda ask: ask.recipe)
+@pytest.mark.parametrize("ask", [CHOOSE, FREE, KIT, OPEN], ids=lambda ask: ask.recipe)
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [
@@ -350,7 +361,6 @@ def test_a_reply_that_cannot_be_used_says_why_in_every_recipe(ask: Ask, reply: R
         (CHOOSE, said({"question_1": 7}), NO_JSON),
         (CHOOSE, Reply('{"question_1": NaN}'), NO_JSON),
         (CHOOSE, said([GOOD]), NO_JSON),
-        (HEADING, said(GOOD), "a question that was not offered"),
         (OPEN, said({"question": "What?", "answer": "That."}), "no pairs in the reply"),
         (
             FREE,
@@ -379,6 +389,7 @@ def test_a_reply_of_the_wrong_kind_is_refused_by_its_own_recipe(ask: Ask, reply:
         (("lend",), "How do I list books?", "In `lend`, how do I list books?"),
         (("Kettle",), "What does the KETTLE hold?", "What does the KETTLE hold?"),
         (("Options", "Tank"), "What does the tank hold?", "What does the tank hold?"),
+        (("Why a kettle?", "Tank"), "What does the tank hold?", "What does the tank hold?"),
         ((), "What does the tank hold?", "What does the tank hold?"),
     ],
 )

@@ -36,6 +36,8 @@ DEEDS = [
     "c What can I use {} for?",
 ]
 ABOUT = ["c What should I know about {}?", "c What does the documentation say about {}?", "c Can you explain {}?"]
+EXAMPLE = ["p Can you show an example of {}?", "p Is there an example of {}?", "p What is an example of {}?"]
+TROUBLE = ["p What should I do when {}?", "p What can I do when {}?"]
 
 
 def ladder(steps: list[str], words: str) -> list[str]:
@@ -132,7 +134,8 @@ TASKS = [
         ["p How do I remove old files?", "f What is the `clean` command used for?", *ladder(HOW_TO, "remove old files")[1:]],
     ),
     ("You can list remotes by running `tool remote list`.", HERE, ladder(HOW_TO, "list remotes")),
-    ("You can change your password in your profile.", HERE, ladder(HOW_TO, "change my password in my profile")),
+    ("You can change your password in your profile.", HERE, []),  # nothing would be left to answer
+    ("You can change your password via the front desk.", HERE, ladder(HOW_TO, "change my password")),
     ("It is possible to rename a card via the front desk.", HERE, ladder(HOW_TO, "rename a card")),
     ("Let's create a small project.", HERE, ladder(HOW_TO, "create a small project")),
     ("First, let's first move the files, and then the folders.", HERE, ladder(HOW_TO, "move the files")),
@@ -182,7 +185,8 @@ ORDERS = [
     ("Close the lid tightly with the short strap.", "Tent > Packing", ladder(HOW_TO, "close the lid tightly")),
     ("Now, check the seal because it ages.", HERE, ladder(HOW_TO, "check the seal")),
     ("Show the status of tracked files.", "status", ladder(DEEDS, "`status`")),
-    ("Show the status of tracked files.", "Status", ladder(HOW_TO, "show the status of tracked files")),
+    ("Show the status of tracked files with care.", "Status", ladder(HOW_TO, "show the status of tracked files")),
+    ("Show the status of tracked files.", "Status", []),
     ("Returns the root of the project.", "root", ladder(DEEDS, "`root`")),
     ("Returns the root of the project.", "Tool API > Description", ladder(DEEDS, "Tool API")),
     ("Returns the root of the project.", "Tool API > Roots", []),
@@ -290,46 +294,24 @@ STATES = [
     ("The service is not for children.", HERE, []),
 ]
 PASSIVES = [
-    (
-        "Backups are stored in the folder `old`.",
-        HERE,
-        [
-            "f Where are Backups stored?",
-            "f How are Backups stored?",
-            "f What happens to Backups?",
-            "f Can you tell me how Backups are stored?",
-        ],
-    ),
+    ("Backups are stored in the folder `old`.", HERE, ["f Where are Backups stored?"]),
     (
         "The pairs are checked by the suite.",
         HERE,
         [
             "f What are the pairs checked by?",
             "f How are the pairs checked?",
-            "f What happens to the pairs?",
             "f Can you tell me how the pairs are checked?",
         ],
     ),
-    (
-        "The value is taken from the file.",
-        HERE,
-        [
-            "f Where is the value taken from?",
-            "f How is the value taken?",
-            "f What happens to the value?",
-            "f Can you tell me how the value is taken?",
-        ],
-    ),
+    ("The port is taken from the file.", HERE, ["f Where is the port taken from?"]),
+    ("The default value is taken from the file.", HERE, []),
     (
         "The adapter is merged before the export begins.",
         HERE,
-        [
-            "f When is the adapter merged?",
-            "f How is the adapter merged?",
-            "f What happens to the adapter?",
-            "f Can you tell me how the adapter is merged?",
-        ],
+        ["f When is the adapter merged?"],
     ),
+    ("The page is printed twice.", HERE, ["f What happens to the page?"]),
 ]
 MODALS = [
     (
@@ -431,11 +413,15 @@ def test_no_question_about_the_handbook_leans_on_its_page() -> None:
         ("Kettle > Cleaning the filter", ladder(HOW_TO, "clean the filter")),
         ("Kettle > How to clean the filter", ladder(HOW_TO, "clean the filter")),
         ("Kettle > Parts > Run the kettle", ladder(HOW_TO, "run the kettle")),
+        ("Kettle > Sharing your kettle", ladder(HOW_TO, "share my kettle")),
+        ("Kettle > Step 2: Filling the tank", ladder(HOW_TO, "fill the tank")),
         ("Kettle > Example: Sharing your kettle", ladder(HOW_TO, "share my kettle")),
+        ("lend > Examples", ladder(EXAMPLE, "`lend`")),
+        ("Kettle > The lid does not close", ladder(TROUBLE, "the lid does not close")),
         ("Kettle > Where does the water go?", ["c Where does the water go?"]),
         ("Kettle > The long way {#long-way}", ladder(ABOUT, "the long way in Kettle")),
         ("Examples > Lid", ladder(ABOUT, "Lid")),
-        ("Kettle > Running is fun", ladder(ABOUT, "running is fun in Kettle")),
+        ("Kettle > Running and jumping", ladder(ABOUT, "running and jumping in Kettle")),
         ("Kettle > What comes here", ladder(ABOUT, "what comes here in Kettle")),  # a heading names its section: it may lean
     ],
 )
