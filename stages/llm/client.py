@@ -83,7 +83,9 @@ def ask_all(
     """
 
     def ask(missing: dict[str, Request], keep: Keep) -> float:
-        import asyncio  # here, since a stage's --help should not wait for it
+        import asyncio  # here, since a stage's --help should not wait for it; and before the clock starts
+
+        import stages.llm.pool  # noqa: F401
 
         servers = endpoints()
         reused = len(requests) - len(missing)
