@@ -12,7 +12,7 @@ LEANS_ON_BEFORE = re.compile(
     r"(?i)^\W*(it|its|this|that|these|those|they|them|then|there|he|she|such|here|also|however|note|see|otherwise|but|and|or|so|for example)\b"
 )
 POINTS_BACK = re.compile(
-    r"(?i)\b(this|these|that) (command|option|example|field|way|case|error|file|parameter|page|section|guide|value|flag)s?\b"
+    r"(?i)\b(this|these|that|the above) (command|option|example|field|way|case|error|file|parameter|page|section|guide|value|flag)s?\b"
 )
 MIN_SENTENCE_CHARS, MAX_SENTENCE_CHARS = 40, 320
 MIN_LONG_CHARS, MAX_LONG_CHARS = 120, 480
@@ -59,9 +59,15 @@ def passages_of(text: str) -> list[Passage]:
 def lead_of(text: str) -> Passage | None:
     """What a section says first, also where it is no whole sentence; None for a text without a paragraph that stands in it as written.
 
-    A paragraph that announces code or a list comes before others, and one that leans on the text before it comes last.
+    A paragraph that announces code or a list comes before others, and one that leans on what is not there comes last.
     """
-    found = sorted(blocks_of(text), key=lambda block: (bool(LEANS_ON_BEFORE.match(block[0])), not block[1]))
+
+    def is_worse(block: tuple[str, str]) -> tuple[bool, bool]:
+        paragraph, announced = block
+        leans = LEANS_ON_BEFORE.match(paragraph) or POINTS_BACK.search(paragraph) or (paragraph.endswith(":") and not announced)
+        return bool(leans), not announced
+
+    found = sorted(blocks_of(text), key=is_worse)
     for paragraph, block in found:
         for quote, answer in (
             (f"{paragraph} {fold(block)}", f"{readable(paragraph)}\n\n{block.strip()}"),

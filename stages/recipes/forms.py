@@ -22,7 +22,7 @@ CLAUSE = re.compile(r"\s(when|if|unless|until|after|before|because|so that|since
 REASONS = ("because", "so that", "since")
 TOKEN = re.compile(r"`[^`]*`|[^\s,;:]+|[,;:]")
 LEANS = re.compile(
-    r"(?i)\b(the same|(?:larger|smaller|higher|lower|longer|shorter|other|same) (?:value|number|one)s?|such|this|these|those|it|they|them|above|below|following|previous|here|let's|we|us|our)\b"
+    r"(?i)\b(the same|(?:first|second|last|next|other) one|that (?:point|case|way|time|page|file|one)|(?:larger|smaller|higher|lower|longer|shorter|other|same) (?:value|number|one)s?|such|this|these|those|it|they|them|above|below|following|previous|here|let's|we|us|our)\b"
 )
 ABOUT = ("What should I know about", "What does the documentation say about", "Can you explain")
 EXAMPLES = ("Can you show an example of", "Is there an example of", "What is an example of")
@@ -88,6 +88,8 @@ def _heading_questions(heading_path: tuple[str, ...], name: str) -> list[Form]:
         r"(What|How|Who|Why|When)\b", heading
     ):
         return [("procedural", f"{opening} {plain}") for opening in ("What should I do when", "What can I do when")]
+    if re.match(r"(What|How|Who|Why|When|Where) ", heading):
+        return [("conceptual", f"Can you explain {plain}")]
     return [("conceptual", f"{opening} {plain}{inside}") for opening in ABOUT]
 
 
@@ -207,7 +209,7 @@ def deed_of_the_page(sentence: str, page: str, path: tuple[str, ...]) -> list[Fo
     first, _, rest = sentence.partition(" ")
     is_about_page = len(path) == 1 or (bool(path) and path[-1].lower() in english("generic_titles"))
     base = base_of_third(first.lower())
-    if not (base and base not in english("states") and is_about_page and thing(page) and rest):
+    if not (base and base not in english("states") and is_about_page and thing(page).startswith("`") and rest):
         return []
     if re.match(r"(of|in|on|and|or|is|are|was|can|beyond|from|to)\b", rest) or subject_and_verb(sentence):
         return []
@@ -230,7 +232,8 @@ def statement(sentence: str, _page: str, _path: tuple[str, ...]) -> list[Form]:
     if not parts:
         return []
     subject, verb, base, rest = parts
-    clause = CLAUSE.search(f" {rest} ")
+    near = re.split(r"[;:]|,(?! (?:so that|because|since|when|if|unless|until)\b)", rest)[0]
+    clause = CLAUSE.search(f" {near} ")
     main = clipped(rest[: clause.start()] if clause else rest)
     asks: QuestionType = "conceptual" if clause and clause[1] in REASONS else "factual"
     when = ("Why" if asks == "conceptual" else "When") if clause else ""
@@ -265,7 +268,7 @@ def statement(sentence: str, _page: str, _path: tuple[str, ...]) -> list[Form]:
         forms.append(("factual", f"Which {noun[1] or noun[2]} {verb} {main}"))
     if base in english("causes") | {"provide", "serve", "support"}:
         forms.append(("conceptual", f"What {'are' if do == 'do' else 'is'} {subject} for"))
-    if "`" in subject:
+    if re.match(r"(the |an? )?(\w+ )?`", subject):
         forms.append(("conceptual", f"What is the role of {subject}"))
     return forms
 
