@@ -29,7 +29,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 CONTEXT_TOKENS = 8192  # the kit asks for replies of up to 4096
 PARALLEL = 64
-KIT_CHARS = 12_000  # of the same text: the kit asks one by one, so its pace does not depend on how much there is
+KIT_CHARS = 4_000  # of the same text, one chunk of the kit: it asks one by one, so its pace does not depend on how much there is
 PAGES, EDITED, RENAMED = 1000, 500, 600
 LATENCY_S, LATENCY_CALLS = 0.05, 400
 HEADING = "## Question generation"

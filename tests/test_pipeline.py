@@ -129,7 +129,7 @@ def test_every_candidate_is_a_pair_or_rejected_and_every_call_is_accounted_for(p
     generated, validated = metrics(project, "generate"), metrics(project, "validate")
     assert generated["calls"] == generated["accepted"] + generated["rejected"] + generated["failed"] > 0  # type: ignore[operator]
     assert generated["accepted"] >= 0.9 * generated["calls"]  # type: ignore[operator]
-    assert generated["drafts"] == generated["candidates"] + generated["repeated"] > generated["calls"]  # type: ignore[operator]
+    assert generated["candidates"] > generated["calls"]  # type: ignore[operator]  # several wordings in a call
     assert generated["candidates"] == validated["candidates"] == validated["pairs"] + validated["rejected"]
 
 
@@ -192,7 +192,7 @@ def test_promote_registers_one_version_and_a_second_time_none(project: Path) -> 
 
 def test_an_edited_page_is_noticed_and_asks_only_about_what_is_new(project: Path) -> None:
     page = project / "pages/lamp.md"
-    page.write_text(page.read_text(encoding="utf-8").replace("nine hours", "eleven hours"), encoding="utf-8")
+    page.write_text(page.read_text(encoding="utf-8").replace("USB-C cable", "magnetic cable"), encoding="utf-8")
     assert "collect@pages" in call(project, "dvc", "status").stdout
     before = metrics(project, "generate")
     done = call(project, "dvc", "repro", "generate")
