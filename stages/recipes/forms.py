@@ -22,7 +22,7 @@ CLAUSE = re.compile(r"\s(when|if|unless|until|after|before|because|so that|since
 REASONS = ("because", "so that", "since")
 TOKEN = re.compile(r"`[^`]*`|[^\s,;:]+|[,;:]")
 LEANS = re.compile(
-    r"(?i)\b(the same|(?:first|second|last|next|other) one|that (?:point|case|way|time|page|file|one)|(?:larger|smaller|higher|lower|longer|shorter|other|same) (?:value|number|one)s?|such|this|these|those|it|they|them|above|below|following|previous|here|let's|we|us|our)\b"
+    r"(?i)\b(the same|the next|(?:first|second|last|next|other) one|that (?:point|case|way|time|page|file|one)|(?:larger|smaller|higher|lower|longer|shorter|other|same) (?:value|number|one)s?|such|this|these|those|it|they|them|above|below|following|previous|here|let's|we|us|our)\b"
 )
 ABOUT = ("What should I know about", "What does the documentation say about", "Can you explain")
 EXAMPLES = ("Can you show an example of", "Is there an example of", "What is an example of")
@@ -53,7 +53,7 @@ def forms_of(answer: str, heading_path: tuple[str, ...]) -> list[Form]:
     for shape in (option, task, condition, setting, order, deed_of_the_page, statement):
         if found := shape(sentence, page, heading_path):
             whole = [(kind, finished(question)) for kind, question in found]
-            return [(kind, question) for kind, question in whole if is_sound(question) and not tells_all(question, sentence)]
+            return [(kind, question) for kind, question in whole if is_sound(question) and not tells_all(kind, question, answer)]
     return []
 
 
@@ -70,7 +70,7 @@ def _heading_questions(heading_path: tuple[str, ...], name: str) -> list[Form]:
     inside = f" in {name}" if name else ""
     example = re.match(r"Examples?\b[\s:.-]*", heading_path[-1])
     heading = re.sub(r"\s*\{#[\w-]+\}", "", heading_path[-1][example.end() if example else 0 :])
-    heading = re.sub(r"^(Optional|Tip|Note|Step \d+|\d+\.)\s*[:.-]?\s+", "", heading).strip(" :")
+    heading = re.sub(r"^(Optional|Tip|Note|Only|Just|Step \d+|\d+\.)\s*[:.-]?\s+", "", heading).strip(" :.")
     plain = lowered(heading) if heading[1:] == heading[1:].lower() else heading  # else a title that is all in capitals
     first, _, rest = heading.removeprefix("How to ").partition(" ")
     base = first.lower() if first.lower() in english("verbs") else base_of_gerund(first.lower())
@@ -191,7 +191,7 @@ def order(sentence: str, _page: str, path: tuple[str, ...]) -> list[Form]:
 
 
 def how_to(task_words: str) -> list[Form]:
-    if re.match(r"[\w-]+ (with|by|as|for|via|of)\b", task_words):
+    if re.match(r"[\w-]+ (with|by|as|for|via|of|that|whether)\b", task_words):
         return []
     openings = (
         "How do I",
@@ -309,7 +309,7 @@ def _state(subject: str, verb: str, main: str, rest: str, when: str, asks: Quest
 def _possibility(subject: str, verb: str, main: str, when: str, asks: QuestionType) -> list[Form]:
     first, _, rest = main.partition(" ")
     forms: list[Form] = [(asks, f"{when} {verb} {subject} {main}")] if when else []
-    if first == "be" and rest:
+    if first == "be" and re.match(r"\w+(ed|en|ilt|ept|ound|own)\b|(done|made|set|sent|run|read|put|cut|left|lost|held)\b", rest):
         done = rest.split()[0]
         forms += [("procedural", f"How {verb} {subject} be {done}"), ("factual", f"What {verb} be done with {subject}")]
     elif first in english("verbs") and verb != "may":
@@ -343,6 +343,8 @@ def subject_and_verb(clause: str) -> tuple[str, str, str, str] | None:
         subject = " ".join(tokens[:place])
         if (
             tokens[0].lower() in english("pronouns")
+            or tokens[0].endswith("ly")
+            or (base_of_third(tokens[0].lower()) and len(tokens) > 1 and tokens[1] in english("determiners") | {"which", "how"})
             or tokens[0].lower() in ("only", "both", "another", "such", "same")
             or (tokens[0].lower() in ("every", "each", "any", "all", "no") and token in BE)
             or tokens[place - 1] in ("one", "ones")
@@ -430,10 +432,11 @@ def finished(question: str) -> str:
     return fold(question).rstrip(" ,.;:?") + "?"
 
 
-def tells_all(question: str, sentence: str) -> bool:
-    """Whether `question` holds every word of `sentence` that tells something, so that nothing is left to answer."""
+def tells_all(kind: QuestionType, question: str, answer: str) -> bool:
+    """Whether `question` holds every word of `answer` that tells something, so that nothing is left to answer; one word tells no way."""
     said = set(re.findall(r"`[^`]+`|\w+", question.lower()))
-    return not set(re.findall(r"`[^`]+`|\w{3,}", sentence.lower())) - said - english("empty")
+    left = set(re.findall(r"`[^`]+`|\w{3,}", answer.lower())) - said - english("empty")
+    return len(left) < (2 if kind == "procedural" else 1) and not any(word.startswith("`") for word in left)
 
 
 def is_sound(question: str, leans: bool = True) -> bool:

@@ -137,7 +137,9 @@ TASKS = [
     ("You can change your password in your profile.", HERE, []),  # nothing would be left to answer
     ("You can change your password via the front desk.", HERE, ladder(HOW_TO, "change my password")),
     ("It is possible to rename a card via the front desk.", HERE, ladder(HOW_TO, "rename a card")),
-    ("Let's create a small project.", HERE, ladder(HOW_TO, "create a small project")),
+    ("Let's create a small project.", HERE, []),
+    ("Let's create a small project:\n\n```\nmake project\n```", HERE, ladder(HOW_TO, "create a small project")),
+    ("You can find that every stage was run twice.", HERE, []),
     ("First, let's first move the files, and then the folders.", HERE, ladder(HOW_TO, "move the files")),
 ]
 CONDITIONS = [
@@ -185,7 +187,7 @@ ORDERS = [
     ("Close the lid tightly with the short strap.", "Tent > Packing", ladder(HOW_TO, "close the lid tightly")),
     ("Now, check the seal because it ages.", HERE, ladder(HOW_TO, "check the seal")),
     ("Show the status of tracked files.", "status", ladder(DEEDS, "`status`")),
-    ("Show the status of tracked files with care.", "Status", ladder(HOW_TO, "show the status of tracked files")),
+    ("Show the status of tracked files with great care.", "Status", ladder(HOW_TO, "show the status of tracked files")),
     ("Show the status of tracked files.", "Status", []),
     ("Returns the root of the project.", "root", ladder(DEEDS, "`root`")),
     ("Returns the root of the project.", "tool api > Description", ladder(DEEDS, "`tool api`")),
@@ -321,6 +323,10 @@ CLAUSES_FAR = [
         ["f What does the licence apply to?", "f What does the licence do?"],
     ),
     ("The second one is skipped when it is empty.", HERE, []),
+    ("Marks which files and folders should be left out.", HERE, []),
+    ("Safely removes a file from the project.", HERE, []),
+    ("The command can be anything that a shell runs.", HERE, []),
+    ("The next strategy is `copy`.", HERE, []),
 ]
 MODALS = [
     (
