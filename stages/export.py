@@ -158,7 +158,7 @@ def quantise(source: Path, target: Path, quant: str, threads: int) -> None:
 
 def _run_module(name: str, *arguments: str) -> None:
     """Runs `python -m name` quietly, to its end. Raises BadModelFile with its last line, or the signal that crashed it."""
-    from stages.llm.child import end_with_parent
+    from stages.program import end_with_parent
 
     done = subprocess.run(
         [sys.executable, "-m", name, *arguments],

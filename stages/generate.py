@@ -13,7 +13,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -113,7 +113,10 @@ def sound_sections(drafts: Iterable[Draft], embed: Embed, min_similarity: float)
     It depends on the section alone, so that an edit elsewhere asks nothing again.
     """
     checked = [draft for draft in drafts if not faults_of(draft)]
-    near = (embed([draft.question for draft in checked]) * embed([ground(draft) for draft in checked])).sum(1) if checked else []
+    if not checked:
+        return set()
+    grounds = embed([ground(draft.chunk, draft.answer) for draft in checked])
+    near = (embed([draft.question for draft in checked]) * grounds).sum(1)
     return {draft.chunk.section_id for draft, cosine in zip(checked, near, strict=True) if cosine >= min_similarity}
 
 
@@ -126,42 +129,46 @@ def found_sections(trips: Iterable[Ranked], min_similarity: float) -> set[str]:
     }
 
 
-def ground(draft: Draft) -> str:
-    """What a draft's question should lead to: its answer under its headings."""
-    return f"{' > '.join(draft.chunk.heading_path)}: {draft.answer}"
+def ground(chunk: Chunk, answer: str) -> str:
+    """What a question should lead to: its answer under the headings of its chunk."""
+    return f"{chunk.topic()}: {answer}"
 
 
-def round_trips(drafts: Sequence[Draft], chunks: Sequence[Chunk], embed: Embed) -> list[Ranked]:
-    """Each draft with its round trip through the passages of all `chunks`. A question that leads elsewhere is put again with its page's name.
+class Places(NamedTuple):
+    """Where a question can lead: every passage of the chunks."""
+
+    quotes: list[str]
+    codes: list[set[str]]  # the names that its text sets as code
+    vectors: Any  # unit vectors, shape (n, d)
+
+
+def places_in(chunks: Iterable[Chunk], embed: Embed) -> Places:
+    found = sorted(
+        {(ground(chunk, passage.answer), passage.quote) for chunk in chunks for passage in passages_of(chunk.markdown())}
+    )
+    texts = [text for text, _ in found]
+    return Places([quote for _, quote in found], [set(CODE.findall(text)) for text in texts], embed(texts))
+
+
+def round_trips(drafts: Sequence[Draft], places: Places, embed: Embed) -> list[Ranked]:
+    """Each draft with its round trip through `places`. A question that leads elsewhere is put again with its page's name.
 
     Not elsewhere are passages that overlap the draft's own, lack a name that the question sets as code, or are nearer by less than TIE.
     A question made from a heading names its own section: for it none is elsewhere.
     """
     import numpy as np
 
-    if not drafts:
-        return []
-    others = sorted(
-        {
-            (f"{' > '.join(chunk.heading_path)}: {passage.answer}", passage.quote)
-            for chunk in chunks
-            for passage in passages_of(chunk.markdown())
-        }
-    )
-    places = embed([text for text, _ in others])
-    codes_at = [set(CODE.findall(text)) for text, _ in others]
-
     def trip(draft: Draft) -> Ranked:
-        vector, evidence = embed([draft.question, ground(draft)])
+        vector, evidence = embed([draft.question, ground(draft.chunk, draft.answer)])
         similarity = float(vector @ evidence)
         codes = set(CODE.findall(draft.question))
-        near = np.flatnonzero(places @ vector > similarity + TIE) if others else ()
-        nearer = (place for place in near if codes <= codes_at[place])
-        elsewhere = (1 for place in nearer if others[place][1] not in draft.quote and draft.quote not in others[place][1])
+        near = np.flatnonzero(places.vectors @ vector > similarity + TIE) if places.quotes else ()
+        nearer = (places.quotes[place] for place in near if codes <= places.codes[place])
+        elsewhere = (1 for quote in nearer if quote not in draft.quote and draft.quote not in quote)
         rank = 1 if draft.recipe == "heading" else 1 + sum(itertools.islice(elsewhere, MAX_RANK - 1))
         return Ranked(draft, round(similarity, 4), rank)
 
-    embed([text for draft in drafts for text in (draft.question, ground(draft))])  # all at once is faster than one by one
+    embed([text for draft in drafts for text in (draft.question, ground(draft.chunk, draft.answer))])  # faster than one by one
     trips = [trip(draft) for draft in drafts]
     named = {place: naming(one.draft) for place, one in enumerate(trips) if one.rank > 1}
     embed([draft.question for draft in named.values()])
@@ -314,8 +321,8 @@ def main(
         retries = put([ask for some in tries for ask in some], "second tries")
         asked += retries
         drafts += [draft for one in retries for draft in one.drafts]
-        keys = {one.ask.key for one in asked}
-        removed = kept.prune(keys) if prune else kept.size() - len(kept.find(keys))
+        keys = {one.ask.key for one in asked if not one.reply.failed}
+        removed = kept.prune(keys) if prune else kept.size() - len(keys)
 
     brought, lost = curated_drafts(read_records(curated, Curated), every)
     if not drafts and not brought:
@@ -325,12 +332,13 @@ def main(
             )
         raise BadInput(f"{chunks}: no chunk holds a passage to ask about; add prose to the sources")
     drafts.sort(key=lambda draft: bool(faults_of(draft)))  # of a pair and its repair, the one without fault is the first
-    trips = distinct(round_trips(drafts + brought, chosen, embed))
+    places = places_in(chosen, embed)
+    trips = distinct(round_trips(drafts + brought, places, embed))
     missed = without(found_sections(trips.values(), generate.min_similarity), chosen)
     by_heading = [
         draft for some in missed.values() for draft in next(filter(None, (heading_drafts(chunk, generate) for chunk in some)), [])
     ]
-    trips = distinct([*trips.values(), *round_trips(by_heading, chosen, embed)])
+    trips = distinct([*trips.values(), *round_trips(by_heading, places, embed)])
     left = without(found_sections(trips.values(), generate.min_similarity), chosen)
     endings, fruitless = endings_of(asked, {trip.draft.key for trip in trips.values()})
     heard = {one.ask.chunk.id for one in asked}

@@ -56,8 +56,7 @@ class Ratings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def exhibit_of(candidate: Candidate, chunk: Chunk) -> Exhibit:
-    topic = " > ".join(chunk.heading_path) or Path(chunk.path).stem
-    return Exhibit(topic=topic, text=chunk.text.strip(), question=candidate.question, answer=candidate.answer)
+    return Exhibit(topic=chunk.topic(), text=chunk.markdown().strip(), question=candidate.question, answer=candidate.answer)
 
 
 def request_for(exhibit: Exhibit, judge: Params, prompts: Mapping[str, str], model: str) -> Request:

@@ -101,7 +101,7 @@ def main(action: str, source: Path, target: Path, chunks: Path = Path("data/chun
 
     quotes: dict[str, str] = {}
     if fresh:
-        spans = sorted({span for chunk in read_records(chunks, Chunk) for span in spans_of(chunk.text)})
+        spans = sorted({span for chunk in read_records(chunks, Chunk) for span in spans_of(chunk.markdown())})
         embedder = load_embedder(models.embedder)
         nearest = evidence_for(
             list(fresh.values()), spans, lambda texts: embedder.encode(texts, batch_size=64, normalize_embeddings=True)

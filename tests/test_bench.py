@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from fake_endpoint import FakeEndpoint
 
 from bench.generation import HEADING, add_rows, of_the_kit, row, with_section
@@ -45,6 +46,13 @@ def test_every_pair_that_the_kit_parses_counts_and_a_run_without_one_counts_as_o
         none = of_the_kit(tmp_path / "none", "A kettle boils a litre in four minutes.", endpoint)
     assert len(fake.bodies) == 4  # a summary and a chunk, twice
     assert (some["pairs"], none["pairs"]) == (2, 0)
-    assert not some["failed"] and not none["failed"]
     assert round(some["per_min"] * some["seconds"] / 60, 6) == 2
     assert round(none["per_min"] * none["seconds"] / 60, 6) == 1
+
+
+def test_a_run_of_the_kit_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.generation.KIT_S", 1)
+    with FakeEndpoint(text=json.dumps(PAIRS), models=[{"id": "fake"}]) as fake:
+        found = of_the_kit(tmp_path / "slow", "A kettle boils a litre.", Endpoint(url=fake.url, model="fake"))
+    assert found["pairs"] == 0
+    assert round(found["per_min"] * found["seconds"] / 60, 6) == 1

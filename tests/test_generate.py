@@ -21,6 +21,7 @@ from fake_endpoint import FakeEndpoint, Turn
 
 from stages.evidence import fold
 from stages.generate import (
+    Embed,
     Params,
     Ranked,
     candidates_of,
@@ -29,6 +30,7 @@ from stages.generate import (
     embedding,
     found_sections,
     main,
+    places_in,
     round_trips,
     sound_sections,
     spread,
@@ -136,43 +138,47 @@ THERE = "A lamp shows the heat of the water in colours."
 PAGES = (chunk(HERE, "Kettle"), chunk(THERE, "Lamp"))
 
 
+def trips_of(drafts: list[Draft], chunks: Sequence[Chunk], embed: Embed) -> list[Ranked]:
+    return round_trips(drafts, places_in(chunks, embed), embed)
+
+
 def test_a_question_nearest_to_its_own_passage_has_rank_1() -> None:
-    (trip,) = round_trips([draft("Tank?")], PAGES, turned({"ank?": 0, "litres": 10, "colours": 90}))
+    (trip,) = trips_of([draft("Tank?")], PAGES, turned({"ank?": 0, "litres": 10, "colours": 90}))
     assert (trip.draft.question, trip.rank, trip.similarity) == ("Tank?", 1, 0.9848)  # cos 10 degrees
 
 
 def test_a_question_that_leads_elsewhere_is_put_again_with_its_page_and_kept_if_that_helps() -> None:
     places = {"In Kettle, tank?": 12, "ank?": 80, "litres": 10, "colours": 90}
-    (trip,) = round_trips([draft("Tank?")], PAGES, turned(places))
+    (trip,) = trips_of([draft("Tank?")], PAGES, turned(places))
     assert (trip.draft.question, trip.rank, trip.similarity) == ("In Kettle, tank?", 1, 0.9994)  # cos 2 degrees
-    (trip,) = round_trips([draft("Tank?")], PAGES, turned(places | {"In Kettle, tank?": 70}))
+    (trip,) = trips_of([draft("Tank?")], PAGES, turned(places | {"In Kettle, tank?": 70}))
     assert (trip.draft.question, trip.rank, trip.similarity) == ("Tank?", 2, 0.342)  # cos 70 degrees; naming was of no use
 
 
 def test_a_passage_that_is_nearer_by_a_hair_is_a_tie() -> None:
     # cos 46 degrees is 0.695 and cos 44 is 0.719, 0.025 more; cos 43 is 0.731, 0.037 more
-    (tie,) = round_trips([draft("In Kettle?")], PAGES, turned({"In Kettle?": 45, "litres": -1, "colours": 89}))
-    (beaten,) = round_trips([draft("In Kettle?")], PAGES, turned({"In Kettle?": 45, "litres": -1, "colours": 88}))
+    (tie,) = trips_of([draft("In Kettle?")], PAGES, turned({"In Kettle?": 45, "litres": -1, "colours": 89}))
+    (beaten,) = trips_of([draft("In Kettle?")], PAGES, turned({"In Kettle?": 45, "litres": -1, "colours": 88}))
     assert (tie.rank, beaten.rank) == (1, 2)
 
 
 def test_a_passage_that_holds_the_quote_or_lacks_the_questions_code_is_not_elsewhere() -> None:
     part = draft("In Kettle?", quote="two litres of water")
     around = [*PAGES, chunk("Of two litres of water is a tank a good home, colours apart.", "Pot")]
-    (trip,) = round_trips([part], around, turned({"In Kettle?": 90, "Pot": 90, "litres": 0, "colours": 0}))
+    (trip,) = trips_of([part], around, turned({"In Kettle?": 90, "Pot": 90, "litres": 0, "colours": 0}))
     assert trip.rank == 1
-    (trip,) = round_trips([draft("In Kettle, `tank`?")], PAGES, turned({"?": 90, "litres": 0, "colours": 90}))
+    (trip,) = trips_of([draft("In Kettle, `tank`?")], PAGES, turned({"?": 90, "litres": 0, "colours": 90}))
     assert trip.rank == 1  # the nearer passage does not know `tank`
     named = [PAGES[0], chunk("A lamp shows the heat of the `tank` in colours.", "Lamp")]
-    (trip,) = round_trips([draft("In Kettle, `tank`?")], named, turned({"?": 90, "litres": 0, "colours": 90}))
+    (trip,) = trips_of([draft("In Kettle, `tank`?")], named, turned({"?": 90, "litres": 0, "colours": 90}))
     assert trip.rank == 2
 
 
 def test_a_passage_within_a_longer_quote_is_not_elsewhere() -> None:
     whole = draft("In Kettle?", f"{HERE} {THERE}")
-    (trip,) = round_trips([whole], PAGES, turned({"?": 90, "litres": 0, "colours": 90}))
+    (trip,) = trips_of([whole], PAGES, turned({"?": 90, "litres": 0, "colours": 90}))
     assert trip.rank == 1
-    (trip,) = round_trips([draft("In Kettle?")], PAGES, turned({"?": 90, "litres": 0, "colours": 90}))
+    (trip,) = trips_of([draft("In Kettle?")], PAGES, turned({"?": 90, "litres": 0, "colours": 90}))
     assert trip.rank == 2
 
 
@@ -180,13 +186,13 @@ def test_a_question_made_from_a_heading_leads_to_its_section() -> None:
     pages = [chunk(HERE, "Kettle"), chunk(THERE, "Kettle", start=90)]
     circle = turned({"?": 90, "litres": 0, "colours": 90})
     by_heading = msgspec.structs.replace(draft("In Kettle?"), recipe="heading")
-    assert [trip.rank for trip in round_trips([by_heading, draft("In Kettle?")], pages, circle)] == [1, 2]
-    assert [trip.rank for trip in round_trips([by_heading], PAGES, circle)] == [1]  # it names its section, whatever lies nearer
+    assert [trip.rank for trip in trips_of([by_heading, draft("In Kettle?")], pages, circle)] == [1, 2]
+    assert [trip.rank for trip in trips_of([by_heading], PAGES, circle)] == [1]  # it names its section, whatever lies nearer
 
 
 def test_without_drafts_or_passages_there_is_nothing_to_rank() -> None:
-    assert round_trips([], PAGES, turned({})) == []
-    (trip,) = round_trips([draft("Tank?", "short")], [chunk("short", "Kettle")], turned({"": 0}))
+    assert trips_of([], PAGES, turned({"": 0})) == []
+    (trip,) = trips_of([draft("Tank?", "short")], [chunk("short", "Kettle")], turned({"": 0}))
     assert (trip.rank, trip.similarity) == (1, 1.0)
 
 

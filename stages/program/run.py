@@ -93,7 +93,7 @@ def _with_paths(
     absent = [one.name for one in wanted if given[one.name] is None]
     if absent and len(absent) == len(wanted):
         given |= zip(absent, map(Path, _paths_in_dvc_yaml(name)), strict=False)
-        absent = [name for name in absent if given[name] is None]
+        absent = [one for one in absent if given[one] is None]
     if absent:
         parser.error(f"the following arguments are required: {', '.join(absent)}")
     return given

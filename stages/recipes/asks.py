@@ -79,7 +79,7 @@ def asks_about(chunk: Chunk, generate: Settings, model: str) -> list[Ask]:
     if generate.recipe == "synthetic-data-kit":
         request = _request(sdk.messages_for(chunk.markdown(), generate.pairs_per_chunk), None, generate, model)
         return [Ask(chunk, "synthetic-data-kit", generate.types[int(chunk.id, 16) % len(generate.types)], request)]
-    return [_choose(chunk, "quote-first", passage, forms, generate, model) for passage, forms in facts_of(chunk, generate)]
+    return [_choose(chunk, passage, forms, generate, model) for passage, forms in facts_of(chunk, generate)]
 
 
 def retries_of(chunk: Chunk, generate: Settings, model: str) -> list[Ask]:
@@ -195,11 +195,7 @@ def prompts() -> Any:
     return yaml.safe_load(PROMPTS.read_text(encoding="utf-8"))
 
 
-def topic_of(chunk: Chunk) -> str:
-    return " > ".join(chunk.heading_path) or "the documentation"
-
-
-def _choose(chunk: Chunk, recipe: str, passage: Passage, forms: Sequence[Form], generate: Settings, model: str) -> Ask:
+def _choose(chunk: Chunk, passage: Passage, forms: Sequence[Form], generate: Settings, model: str) -> Ask:
     slots = min(generate.wordings, len(forms))
     choices = {f"question_{slot + 1}": forms[slot::slots] for slot in range(slots)}
     prompt = prompts()["quote-first"]
@@ -208,9 +204,9 @@ def _choose(chunk: Chunk, recipe: str, passage: Passage, forms: Sequence[Form], 
         questions = {f"question_{place}": question for place, question in enumerate(example["questions"], start=1)}
         messages.append(("user", prompt["user"].format(topic=example["topic"], answer=example["answer"])))
         messages.append(("assistant", msgspec.json.encode(questions).decode()))
-    messages.append(("user", prompt["user"].format(topic=topic_of(chunk), answer=passage.answer)))
+    messages.append(("user", prompt["user"].format(topic=chunk.topic(), answer=passage.answer)))
     schema = _object({key: {"enum": [question for _, question in offered]} for key, offered in choices.items()})
-    return Ask(chunk, recipe, forms[0][0], _request(messages, schema, generate, model), passage, choices)
+    return Ask(chunk, "quote-first", forms[0][0], _request(messages, schema, generate, model), passage, choices)
 
 
 def _open(chunk: Chunk, passage: Passage, generate: Settings, model: str) -> Ask:
@@ -220,7 +216,7 @@ def _open(chunk: Chunk, passage: Passage, generate: Settings, model: str) -> Ask
     for example in prompt["examples"]:
         messages.append(("user", prompt["user"].format(**example)))
         messages.append(("assistant", msgspec.json.encode({"question": example["question"]}).decode()))
-    messages.append(("user", prompt["user"].format(topic=topic_of(chunk), answer=passage.answer, type=kind)))
+    messages.append(("user", prompt["user"].format(topic=chunk.topic(), answer=passage.answer, type=kind)))
     schema = _object({"question": {"type": "string", "pattern": rf'^({BEGINNINGS}) [^?"\\\n]{{8,110}}[\w`)]\?$'}})
     return Ask(chunk, "open", kind, _request(messages, schema, generate, model), passage)
 
@@ -238,7 +234,7 @@ def _free(chunk: Chunk, generate: Settings, model: str) -> list[Ask]:
         pairs = kinds.count(kind)
         schema = _object({"pairs": {"type": "array", "items": pair, "minItems": pairs, "maxItems": pairs}})
         user = prompt["user"].format(
-            topic=topic_of(chunk),
+            topic=chunk.topic(),
             text=chunk.markdown().strip(),
             type=kind,
             pairs=pairs,
@@ -250,8 +246,10 @@ def _free(chunk: Chunk, generate: Settings, model: str) -> list[Ask]:
 
 
 def _drafts(ask: Ask, text: str) -> list[Draft]:
+    key = ask.key
+
     def draft(question: str, answer: str, quote: str, kind: QuestionType = ask.type) -> Draft:
-        return Draft(ask.chunk, ask.recipe, kind, fold(question), answer.strip(), fold(quote), ask.key)
+        return Draft(ask.chunk, ask.recipe, kind, fold(question), answer.strip(), fold(quote), key)
 
     if ask.recipe == "free":
         pairs = msgspec.json.decode(text, type=dict[str, list[Written]]).get("pairs", [])

@@ -27,6 +27,7 @@ LEANS = re.compile(
 ABOUT = ("What should I know about", "What does the documentation say about", "Can you explain")
 EXAMPLES = ("Can you show an example of", "Is there an example of", "What is an example of")
 PLACES = {"in": "Where", "on": "Where", "at": "Where", "under": "Where", "inside": "Where", "from": "Where"}
+PARTICIPLE = r"(?:\w+(?:ed|en|ilt|ept|ound|own)|done|made|set|sent|run|read|put|cut|left|lost|held)\b"
 MEANS = "use|run|type|call|execute|pass|set|provide|specify|add"
 
 
@@ -84,12 +85,10 @@ def _heading_questions(heading_path: tuple[str, ...], name: str) -> list[Form]:
         return [("conceptual", heading)]
     if is_task:
         return how_to(f"{base} {rest}")
-    if re.search(r"\b(is|are|was|cannot|can't|does not|do not|fails?)\b", heading) and not re.match(
-        r"(What|How|Who|Why|When)\b", heading
-    ):
-        return [("procedural", f"{opening} {plain}") for opening in ("What should I do when", "What can I do when")]
     if re.match(r"(What|How|Who|Why|When|Where) ", heading):
         return [("conceptual", f"Can you explain {plain}")]
+    if re.search(r"\b(is|are|was|cannot|can't|does not|do not|fails?)\b", heading):
+        return [("procedural", f"{opening} {plain}") for opening in ("What should I do when", "What can I do when")]
     return [("conceptual", f"{opening} {plain}{inside}") for opening in ABOUT]
 
 
@@ -274,10 +273,7 @@ def statement(sentence: str, _page: str, _path: tuple[str, ...]) -> list[Form]:
 
 
 def _state(subject: str, verb: str, main: str, rest: str, when: str, asks: QuestionType) -> list[Form]:
-    passive = re.match(
-        r"((?:been )?(?:also |only |always |automatically |usually )?(?:\w+(?:ed|en|ilt|ept|ound|own)|done|made|set|sent|run|read|put|cut|left|lost|held))\b ?(.*)$",
-        main,
-    )
+    passive = re.match(rf"((?:been )?(?:also |only |always |automatically |usually )?{PARTICIPLE}) ?(.*)$", main)
     if not passive:
         is_what = re.match(r"(an?|the|one|two|three|four|five|all|any)\b|`", main) or (
             verb == "are" and re.match(r"(?:[\w/-]+ ){0,3}[\w/-]+s\b", main)
@@ -309,7 +305,7 @@ def _state(subject: str, verb: str, main: str, rest: str, when: str, asks: Quest
 def _possibility(subject: str, verb: str, main: str, when: str, asks: QuestionType) -> list[Form]:
     first, _, rest = main.partition(" ")
     forms: list[Form] = [(asks, f"{when} {verb} {subject} {main}")] if when else []
-    if first == "be" and re.match(r"\w+(ed|en|ilt|ept|ound|own)\b|(done|made|set|sent|run|read|put|cut|left|lost|held)\b", rest):
+    if first == "be" and re.match(PARTICIPLE, rest):
         done = rest.split()[0]
         forms += [("procedural", f"How {verb} {subject} be {done}"), ("factual", f"What {verb} be done with {subject}")]
     elif first in english("verbs") and verb != "may":

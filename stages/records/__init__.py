@@ -56,6 +56,10 @@ class Chunk(Record):
     text: Text
     fence: str = ""  # of the code block that the text begins inside of, as ```
 
+    def topic(self) -> str:
+        """What the text is about: its headings, never its path, so that a renamed file costs no call."""
+        return " > ".join(self.heading_path) or "the documentation"
+
     def markdown(self) -> str:
         """The text as Markdown that stands alone."""
         return f"{self.fence}\n{self.text}" if self.fence else self.text
