@@ -1,9 +1,9 @@
 """How fast questions are made: rows P1, P2, P3 and P16 -> bench/results.json and a section of bench/RESULTS.md.
 
-    python bench/generation.py --docs FOLDER [--chunks 40] [--pairs 3]
+    python -m bench.generation --docs FOLDER [--chunks 40] [--pairs 3]
 
 P1: accepted pairs a minute, against synthetic-data-kit as shipped, through one vLLM server. P2: new tokens a second, against vLLM
-without a server. P3: calls after an edit in 1000 pages. P16: one worker against four. Costs up to 8 minutes a pair on two cores, and 5
+without a server. P3: calls after an edit in 1000 pages. P16: one worker against four. Costs up to 9 minutes a pair on two cores, and 5
 more; each row is written as soon as it is known. P3 and P16 count and time calls to a fake endpoint; only P1 and P2 run a model.
 """
 
@@ -24,12 +24,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[1]
+from bench.rows import REPOSITORY, machine, publish, row, section
+
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 CONTEXT_TOKENS = 8192  # the kit asks for replies of up to 4096
 PARALLEL = 64
 KIT_CHARS = 4_000  # of the same text, one chunk of the kit: it asks one by one, so its pace does not depend on how much there is
+SPEED_CHUNKS = 120  # for P2: enough to keep the engine full for a while
 KIT_S = 240  # after which a run of the kit is ended
 PAGES, EDITED, RENAMED = 1000, 500, 600
 LATENCY_S, LATENCY_CALLS = 0.05, 400
@@ -55,7 +57,7 @@ def set_params(project: Path, docs: Path, endpoints: Sequence[Any] = (), **gener
     params["validate"]["max_rejected_share"] = 1.0
     (project / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     (project / "data").mkdir(exist_ok=True)
-    for name in ("curated.jsonl", "judgements.jsonl"):
+    for name in ("curated.jsonl", "judgements.jsonl", "review.jsonl"):
         (project / "data" / name).touch()
 
 
@@ -86,7 +88,7 @@ def accepted(project: Path, docs: Path, endpoint: Any) -> dict[str, float]:
 
     shutil.rmtree(project / "data/store", ignore_errors=True)
     set_params(project, docs, [endpoint], concurrency=PARALLEL)
-    generate_s, validate_s = run_stages(project, "generate"), run_stages(project, "validate")
+    generate_s, validate_s = run_stages(project, "generate"), run_stages(project, "measure", "validate")
     store = Store(project / "data/store", "generate")
     rate = store.rate(endpoint.model)
     calls = json.loads((project / "reports/metrics/generate.json").read_text())["calls"]
@@ -213,14 +215,16 @@ def with_a_model(folder: Path, docs: Path, chunks: int, pairs: int) -> Iterator[
     os.chdir(folder)
     run_stages(folder, "collect", "ingest", "chunk")
     params = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
-    chosen = spread(read_records(folder / "data/chunks.jsonl", Chunk), 2 * chunks)
-    if len(chosen) < 2 * chunks:
-        raise SystemExit(f"{docs} gives {len(chosen)} chunks; {2 * chunks} are needed: half for P1, half for P2")
-    write_records(folder / "data/chunks.jsonl", chosen[::2])
-    text = "\n\n".join(chunk.text for chunk in chosen[::2])[:KIT_CHARS]
+    every = read_records(folder / "data/chunks.jsonl", Chunk)
+    mine = spread(every, chunks)
+    others = spread([chunk for chunk in every if chunk not in mine], SPEED_CHUNKS)
+    if len(mine) < chunks or len(others) < SPEED_CHUNKS:
+        raise SystemExit(f"{docs} gives {len(every)} chunks; {chunks} are needed for P1 and {SPEED_CHUNKS} for P2")
+    write_records(folder / "data/chunks.jsonl", mine)
+    text = "\n\n".join(chunk.text for chunk in mine)[:KIT_CHARS]
     model = as_hf_folder(params["models"]["teacher"]).resolve()
     generate = convert_section("generate", params["generate"], Params, "params.yaml")
-    asks = [ask for chunk in chosen[1::2] for ask in asks_about(chunk, generate, model.name)]
+    asks = [ask for chunk in others for ask in asks_about(chunk, generate, model.name)]
     requests = {ask.key: ask.request for ask in asks}
     first, *rest = requests
     messages = [[{"role": role, "content": content} for role, content in request.messages] for request in requests.values()]
@@ -267,7 +271,7 @@ def with_a_model(folder: Path, docs: Path, chunks: int, pairs: int) -> Iterator[
         where = (
             f"P1: in {sum(not one['pairs'] for one in kits)} of {len(kits)} runs the kit had no pair after {KIT_S} s, which counts as one. Median: {middle['pairs']:.0f} pairs at {middle['per_min']:.1f} a minute against {statistics.median(one['pairs'] for one in kits):.0f} at "
             f"{statistics.median(one['per_min'] for one in kits):.1f}. Of Docsmith's {middle['generate_s'] + middle['validate_s']:.0f} s, {middle['asking_s']:.0f} s are asking, "
-            f"{middle['generate_s'] - middle['asking_s']:.0f} s start-up, embedding and ranking in `generate`, and {middle['validate_s']:.0f} s `validate`. "
+            f"{middle['generate_s'] - middle['asking_s']:.0f} s start-up, embedding and ranking in `generate`, and {middle['validate_s']:.0f} s `measure` and `validate`. "
             f"P2, median: {statistics.median(one[0] for one in speeds):.0f} tokens/s through the server, {statistics.median(one[1] for one in speeds):.0f} without it. "
             f"Processor time through the server: {', '.join(f'{name} {seconds / sum(spent.values()):.0%}' for name, seconds in spent.items())}. "
             f"The memory was read at {read / 1e9:.1f} GB/s in blocks of the weights' {size / 1e6:.0f} MB, and vLLM went through the weights "
@@ -307,7 +311,7 @@ def after_edits(folder: Path) -> tuple[dict[str, Any], str]:
         renamed = calls("a page renamed")
         (docs / names[0]).write_text(page(0).partition("## Paint")[0], encoding="utf-8")
         deleted = calls("a section deleted")
-        run_stages(folder, "validate")
+        run_stages(folder, "measure", "validate")
     left = sum("Paint" in line for line in (folder / "data/pairs.jsonl").read_text(encoding="utf-8").splitlines())
     counts = {"full": full, "edit": edit, "white_space": wrapped, "rename": renamed, "deletion": deleted, "pairs_left": left}
     said = f"P3, calls to a fake endpoint: {full} for {PAGES} pages, {edit} after one edited sentence, {wrapped} after white space was changed on every page, "
@@ -360,82 +364,32 @@ def with_workers(folder: Path, pairs: int) -> tuple[dict[str, Any], str]:
     }, said
 
 
-def row(ratios: Sequence[float], limit_fraction: float | None) -> dict[str, Any]:
-    """An entry of results.json."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "ratio": round(statistics.median(ratios), 5),
-        "spread": [round(min(ratios), 5), round(max(ratios), 5)],
-        "limit_fraction": None if limit_fraction is None else round(limit_fraction, 3),
-        "pairs": len(ratios),
-        "load": round(os.getloadavg()[0], 2),
-        "commit": commit,
-    }
-
-
-def machine() -> str:
-    """The processor, its cores that may be used, and its vector units."""
-    facts = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    name = re.search(r"model name\s*: (.+)", facts)
-    flags = sorted(set(re.findall(r"\b(avx2|avx512f|avx512_bf16|amx_bf16)\b", facts)))
-    return (
-        f"{len(os.sched_getaffinity(0))} cores of {name[1] if name else 'an unknown processor'} ({', '.join(flags) or 'no AVX2'})"
-    )
-
-
-def section(rows: dict[str, Any], remarks: Sequence[str], chunks: int) -> str:
-    """The Markdown section about `rows`."""
-    lines = [HEADING, "", f"`python bench/generation.py --docs <folder> --chunks {chunks}` on {machine()}."]
-    lines += [
-        "The ratio is the median of interleaved pairs. The fraction of the limit is, for P1, the share of the time that is spent asking;"
-    ]
-    lines += [
-        "for P2, the bytes of the weights times passes a second over the memory's bandwidth; for P16, of 4 workers that never wait in between.",
+def opening(chunks: int) -> list[str]:
+    """How the section begins."""
+    return [
+        HEADING,
         "",
+        f"`python -m bench.generation --docs <folder> --chunks {chunks}` on {machine()}.",
+        "The ratio is the median of interleaved pairs. The fraction of the limit is, for P1, the share of the time that is spent asking;",
+        "for P2, the bytes of the weights times passes a second over the memory's bandwidth; for P16, of 4 workers that never wait in between.",
     ]
-    lines += ["| row | ratio | target | spread | fraction of the limit | pairs | load |", "|---|---|---|---|---|---|---|"]
-    for name in sorted(rows, key=lambda name: int(name[1:])):
-        one = rows[name]
-        fraction = "-" if one["limit_fraction"] is None else one["limit_fraction"]
-        lines.append(
-            f"| {name} | {one['ratio']} | {TARGETS[name]} | {one['spread'][0]} to {one['spread'][1]} | {fraction} | {one['pairs']} | {one['load']} |"
-        )
-    return "\n".join([*lines, "", *(line for remark in remarks for line in (remark, ""))])
-
-
-def with_section(page_text: str, new: str) -> str:
-    """`page_text` with the section under HEADING replaced by `new`, or with `new` at its end."""
-    before, heading, after = page_text.partition(f"{HEADING}\n")
-    rest = after.find("\n## ") if heading else -1
-    return f"{before.rstrip()}\n\n{new.rstrip()}\n" + (after[rest:] if rest >= 0 else "")
-
-
-def add_rows(results: Path, rows: dict[str, Any]) -> None:
-    """Sets `rows` in the file `results`; the other rows stay."""
-    known = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
-    results.write_text(json.dumps(known | rows, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, required=True)
-    parser.add_argument("--chunks", type=int, default=40, help="for P1, and as many for P2")
+    parser.add_argument("--chunks", type=int, default=40, help="for P1")
     parser.add_argument("--pairs", type=int, default=3)
     arguments = parser.parse_args()
     os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     docs = arguments.docs.resolve()
-    results, page_file = REPOSITORY / "bench/results.json", REPOSITORY / "bench/RESULTS.md"
     rows: dict[str, Any] = {}
     remarks: dict[str, str] = {}
 
     def keep(remark: str, **fresh: dict[str, Any]) -> None:
         rows.update(fresh)
         remarks["".join(fresh)] = remark
-        add_rows(results, fresh)
-        text = section(rows, list(remarks.values()), arguments.chunks)
-        page_file.write_text(with_section(page_file.read_text(encoding="utf-8"), text), encoding="utf-8")
+        publish(fresh, section(opening(arguments.chunks), rows, TARGETS, list(remarks.values())))
 
     with tempfile.TemporaryDirectory(prefix="docsmith-bench-") as scratch:
         project = Path(scratch)
@@ -446,7 +400,7 @@ def main() -> None:
         for p1, p2, where in with_a_model(project, docs, arguments.chunks, arguments.pairs):
             keep(where, P1=p1, P2=p2)
         os.chdir(REPOSITORY)
-    print(section(rows, list(remarks.values()), arguments.chunks))
+    print(section(opening(arguments.chunks), rows, TARGETS, list(remarks.values())))
 
 
 if __name__ == "__main__":
