@@ -40,7 +40,7 @@ class Parsed(msgspec.Struct, frozen=True):
     sha256: str = ""  # of the bytes that were parsed
     title: str = ""
     text: str = ""
-    hidden_characters: int = 0  # removed from the text
+    hidden: dict[str, int] = {}  # what a reader does not see and was removed: kind -> characters
     reason: str = ""
     detail: str = ""
 

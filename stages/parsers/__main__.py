@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,11 @@ def parsed(path: Path, type: str, limits: Limits) -> Parsed:
         return Parsed(reason="unreadable", detail=error.strerror or "")
     sha256 = hashlib.sha256(content).hexdigest()
     try:
-        text, hidden_characters = cleaned(to_markdown(content, type, limits.max_memory_mb // 4))
+        hidden = Counter[str]()
+        text = cleaned(to_markdown(content, type, limits.max_memory_mb // 4, hidden), hidden)
         if not text.strip():
             raise Unreadable("no-text", "scanned pages need OCR first" if type == "pdf" else "nothing but blanks")
-        return Parsed(sha256=sha256, title=title_of(text), text=text, hidden_characters=hidden_characters)
+        return Parsed(sha256=sha256, title=title_of(text), text=text, hidden=dict(sorted(hidden.items())))
     except Unreadable as error:
         return Parsed(sha256=sha256, reason=error.reason, detail=error.detail)
     except MemoryError:

@@ -5,10 +5,11 @@ import io
 import json
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from stages.parsers.text import Undecodable, decoded, headings
+from stages.parsers.text import LINE_ENDS, Undecodable, decoded, headings
 
 CODE_STYLES = ("Code", "Source Code", "HTML Preformatted", "Preformatted Text", "Code Block", "macro")
 
@@ -26,6 +27,7 @@ def import_parsers() -> None:
     import charset_normalizer  # noqa: F401
     import docutils.core
     import mammoth  # noqa: F401
+    import markdown_it  # noqa: F401
     import yaml  # noqa: F401
     from markitdown.converters import PptxConverter  # noqa: F401
 
@@ -34,22 +36,25 @@ def import_parsers() -> None:
     docutils.core.publish_string("*x*", writer="html5")  # docutils imports its parts when they are first used
 
 
-def to_markdown(content: bytes, type: str, max_unpacked_mb: int) -> str:
-    """The Markdown of a file of `type`, one of TYPE_OF_SUFFIX's. Raises Unreadable, and what a parser raises on a broken file."""
+def to_markdown(content: bytes, type: str, max_unpacked_mb: int, hidden: Counter[str]) -> str:
+    """The Markdown of a file of `type`, one of TYPE_OF_SUFFIX's, without what a reader of the file does not see.
+
+    Adds the characters left out to `hidden`, by kind. Raises Unreadable, and what a parser raises on a broken file.
+    """
     if type == "pdf":
         from stages.parsers.pdf import from_pdf
 
         if b"%PDF-" not in content[:1024]:
             raise Unreadable("not-a-pdf", "it does not begin with %PDF-")
-        return from_pdf(content)
+        return from_pdf(content, hidden)
     if type in ("docx", "pptx"):
         _check_archive(content, type, max_unpacked_mb)
-        return from_docx(content) if type == "docx" else from_pptx(content)
+        return from_docx(content, hidden) if type == "docx" else from_pptx(content)
     try:
         if type == "html":
             from stages.parsers.html import declared_encoding, from_html
 
-            return from_html(decoded(content, declared_encoding(content)))
+            return from_html(decoded(content, declared_encoding(content)), hidden)
         text = decoded(content)
     except Undecodable as error:
         raise Unreadable("binary", str(error)) from None
@@ -60,8 +65,8 @@ def to_markdown(content: bytes, type: str, max_unpacked_mb: int) -> str:
     if type == "csv":
         return from_csv(text)
     if type == "ipynb":
-        return from_ipynb(text)
-    return from_md(text) if type == "md" else text
+        return from_ipynb(text, hidden)
+    return from_md(text, hidden) if type == "md" else text
 
 
 def _check_archive(content: bytes, type: str, max_unpacked_mb: int) -> None:
@@ -77,16 +82,19 @@ def _check_archive(content: bytes, type: str, max_unpacked_mb: int) -> None:
         )
 
 
-def from_md(text: str) -> str:
-    """The text without its front matter, whose title becomes the heading of a text that has none of level 1."""
-    matter = re.match(r"(---|\+\+\+)[ \t]*\r?\n(.*?\n)??\1[ \t]*(?:\r?\n|$)", text, re.DOTALL)
+def from_md(text: str, hidden: Counter[str]) -> str:
+    """The text without hidden parts and front matter, whose title becomes the heading of a text that has none of level 1."""
+    from stages.parsers.html import shown
+
+    text = shown(LINE_ENDS.sub("\n", text), hidden)
+    matter = re.match(r"(---|\+\+\+)[ \t]*\n(.*?\n)??\1[ \t]*(?:\n|$)", text, re.DOTALL)
     if matter is None:
         return text
     title = _title_in(matter[2] or "", is_toml=matter[1] == "+++")
     if title is None:
         return text
-    body = text[matter.end() :].lstrip("\r\n")
-    return f"# {title}\n\n{body}" if title and all(level > 1 for level, _ in headings(body.replace("\r\n", "\n"))) else body
+    body = text[matter.end() :].lstrip("\n")
+    return f"# {title}\n\n{body}" if title and all(level > 1 for level, _ in headings(body)) else body
 
 
 def _title_in(matter: str, is_toml: bool) -> str | None:
@@ -131,8 +139,10 @@ def fenced(code: str, language: str = "") -> str:
     return f"{fence}{language}\n{code.strip(chr(10))}\n{fence}"
 
 
-def from_ipynb(text: str) -> str:
-    """Markdown cells as they are, code cells as fenced blocks; outputs are left out."""
+def from_ipynb(text: str, hidden: Counter[str]) -> str:
+    """Markdown cells without hidden parts, code cells as fenced blocks; outputs are left out."""
+    from stages.parsers.html import shown
+
     notebook = json.loads(text)
     fields = notebook.get("metadata", {})
     language = fields.get("language_info", {}).get("name") or fields.get("kernelspec", {}).get("language") or "python"
@@ -142,11 +152,11 @@ def from_ipynb(text: str) -> str:
         source = cell.get("source", cell.get("input", ""))
         source = source if isinstance(source, str) else "".join(source)
         if source.strip():
-            parts.append(fenced(source, language) if cell["cell_type"] == "code" else source.strip("\n"))
+            parts.append(fenced(source, language) if cell["cell_type"] == "code" else shown(source, hidden).strip("\n"))
     return "\n\n".join(parts)
 
 
-def from_docx(content: bytes) -> str:
+def from_docx(content: bytes, hidden: Counter[str]) -> str:
     """Headings, lists, tables, formulas (as LaTeX) and paragraphs in a code style."""
     import mammoth
     from markitdown.converter_utils.docx.pre_process import pre_process_docx
@@ -161,7 +171,7 @@ def from_docx(content: bytes) -> str:
         include_embedded_style_map=False,
         convert_image=mammoth.images.img_element(lambda _image: {"src": ""}),
     )
-    return from_html(page.value)
+    return from_html(page.value, hidden)
 
 
 def from_pptx(content: bytes) -> str:

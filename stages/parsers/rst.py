@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+from collections import Counter
 
 from docutils import nodes
 from docutils.core import publish_doctree, publish_from_doctree
@@ -43,7 +44,7 @@ def from_rst(text: str) -> str:
     from stages.parsers.html import from_html
 
     page = publish_from_doctree(tree_of(text), writer="html5", settings_overrides=SETTINGS | {"report_level": 5})
-    return from_html(re.sub(r"<title>.*?</title>", "", page.decode(), flags=re.DOTALL))
+    return from_html(re.sub(r"<title>.*?</title>", "", page.decode(), flags=re.DOTALL), Counter())
 
 
 def tree_of(text: str, depth: int = 0) -> nodes.document:

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections import Counter
 from itertools import pairwise
 
 BOMS = [  # UTF-32 first: its little-endian mark begins with UTF-16's
@@ -11,12 +12,16 @@ BOMS = [  # UTF-32 first: its little-endian mark begins with UTF-16's
     (b"\xff\xfe", "utf-16-le"),
     (b"\xfe\xff", "utf-16-be"),
 ]
-# What a reader does not see and a model does: controls, soft hyphens, zero-width and bidi characters, fillers, tags, surrogates.
-HIDDEN = re.compile(
-    "[\x00-\x08\x0e-\x1f\x7f\x80-\x84\x86-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f\u202a-\u202e"
-    "\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e0fff]"
-    "|(?<![\u0600-\u109f\u1780-\u17ff])[\u200c\u200d]"  # joiners: spelling in Persian or Hindi, elsewhere hidden
-)
+HIDDEN = {  # what a reader does not see and a model does
+    "control": "[\x00-\x08\x0e-\x1f\x7f\x80-\x84\x86-\x9f\ufff9-\ufffb\ud800-\udfff]",
+    "soft-hyphen": "\u00ad",
+    # the joiners are spelling in Persian or Hindi, elsewhere hidden
+    "zero-width": "[\u034f\u180b-\u180f\u200b\u2060-\u2065\ufeff]|(?<![\u0600-\u109f\u1780-\u17ff])[\u200c\u200d]",
+    "bidi": "[\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f]",
+    "filler": "[\u115f\u1160\u17b4\u17b5\u3164\uffa0]",
+    "tag": "[\U000e0000-\U000e0fff]",
+}
+HIDDEN_CHARACTER = re.compile("|".join(f"(?P<{kind.replace('-', '_')}>{those})" for kind, those in HIDDEN.items()))
 LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(.*?)(?:[ \t]+#+)?[ \t]*$")
@@ -62,11 +67,12 @@ def _guessed(content: bytes) -> str:
     return str(best)
 
 
-def cleaned(text: str) -> tuple[str, int]:
-    """`text` in NFC with Unix line ends, without trailing blanks and hidden characters; and how many of those there were."""
-    text, hidden = HIDDEN.subn("", LINE_ENDS.sub("\n", text))
-    lines = (line.rstrip() for line in unicodedata.normalize("NFC", text).split("\n"))
-    return "\n".join(lines).strip("\n"), hidden
+def cleaned(text: str, hidden: Counter[str]) -> str:
+    """`text` in NFC with Unix line ends, without trailing blanks and hidden characters, which are counted by kind in `hidden`."""
+    text = LINE_ENDS.sub("\n", text)
+    hidden.update((found.lastgroup or "").replace("_", "-") for found in HIDDEN_CHARACTER.finditer(text))
+    lines = (line.rstrip() for line in unicodedata.normalize("NFC", HIDDEN_CHARACTER.sub("", text)).split("\n"))
+    return "\n".join(lines).strip("\n")
 
 
 def headings(text: str) -> list[tuple[int, str]]:
