@@ -11,7 +11,7 @@ import functools
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -20,7 +20,7 @@ import msgspec
 from stages.evidence import locate, passages_of
 from stages.files import write_json
 from stages.llm import Endpoint, Engine, Reply, Store, Tally, ask_all, endpoints_for, served_model
-from stages.models import as_hf_folder, load_embedder, load_tokenizer
+from stages.models import Embed, as_hf_folder, embedding, load_tokenizer
 from stages.params import Count, Models, NonNegative, Positive, Share
 from stages.program import BadInput, LimitBroken, run, say
 from stages.recipes import (
@@ -36,14 +36,12 @@ from stages.recipes import (
     retries_of,
     with_evidence,
 )
-from stages.records import Candidate, Chunk, Curated, Failure, QuestionType, content_id, read_records, write_records
+from stages.records import MEND, Candidate, Chunk, Curated, Failure, QuestionType, content_id, read_records, write_records
 
 CONTEXT_TOKENS = 2048
 CODE = re.compile("`[^`]+`")
 MAX_RANK = 10  # it stands for any higher one
 TIE = 0.03  # cosine; of 43 questions that another passage beat, those beaten by less were right by hand
-
-Embed = Callable[[list[str]], Any]  # texts -> unit vectors, shape (n, d)
 
 
 class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -314,7 +312,7 @@ def main(
         say(f"generate: {len(chosen)} chunks, {len(first)} requests for {generate.recipe}")
         asked = put(first, "generate")
         asked += put([repair for one in asked if (repair := repair_of(one.ask, one.reply, generate))], "repairs")
-        embed = embedding(models)
+        embed = embedding(models.embedder)
         drafts = with_evidence([draft for one in asked for draft in one.drafts], embed)
         bare = without(sound_sections(drafts, embed, generate.min_similarity), chosen)
         tries = [next(filter(None, (retries_of(chunk, generate, model) for chunk in some)), []) for some in bare.values()]
@@ -324,7 +322,7 @@ def main(
         keys = {one.ask.key for one in asked if not one.reply.failed}
         removed = kept.prune(keys) if prune else kept.size() - len(keys)
 
-    brought, lost = curated_drafts(read_records(curated, Curated), every)
+    brought, lost = curated_drafts(read_records(curated, Curated, MEND), every)
     if not drafts and not brought:
         if asked:
             raise LimitBroken(
@@ -369,21 +367,6 @@ def main(
         f"{'removed' if prune else 'no longer used'}) = {counts['accepted']} accepted + {counts['rejected']} rejected + {counts['failed']} failed; "
         f"{len(found)} candidates for {counts['facts']} facts; {len(missed)} sections tried again, {len(left)} still without a sound question"
     )
-
-
-def embedding(models: Models) -> Embed:
-    """The embedder of params.yaml as a function that embeds each text once."""
-    import numpy as np
-
-    embedder = functools.cache(lambda: load_embedder(models.embedder))
-    known: dict[str, Any] = {}
-
-    def embed(texts: list[str]) -> Any:
-        if new := sorted(set(texts) - known.keys()):
-            known.update(zip(new, embedder().encode(new, batch_size=64, normalize_embeddings=True), strict=True))
-        return np.array([known[text] for text in texts])
-
-    return embed
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from stages.models import load_embedder
 from stages.params import Models
 from stages.program import BadInput, run, say
 from stages.recipes.sdk import KitPair, evidence_for, spans_of
-from stages.records import Chunk, Curated, Pair, QuestionType, content_id, read_records, write_records
+from stages.records import MEND, Chunk, Curated, Pair, QuestionType, content_id, read_records, write_records
 
 PROCEDURAL = re.compile(r"(?i)^how (do|does|can|could|should|to|is .+ed\b|are .+ed\b)|\bsteps\b")
 CONCEPTUAL = re.compile(r"(?i)^(why|explain|describe|what (is|are) (?!the |its |their ))|\b(mean|means|purpose|difference)\b")
@@ -95,7 +95,7 @@ def main(action: str, source: Path, target: Path, chunks: Path = Path("data/chun
     except (ValueError, UnicodeError) as error:
         raise BadInput(f"{source} is no file of synthetic-data-kit's: {error}; give a *_qa_pairs.json or a curated one") from None
     found, malformed = sort_out(entries)
-    kept = read_records(target, Curated) if target.exists() else []
+    kept = read_records(target, Curated, MEND) if target.exists() else []
     ids = {curated.id for curated in kept}
     fresh = {id: pair for id, pair in found.items() if id not in ids}
 

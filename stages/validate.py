@@ -1,4 +1,4 @@
-"""data/candidates.jsonl + data/judgements.jsonl -> data/pairs.jsonl + data/rejected.jsonl + Data Docs: every candidate held against the rules.
+"""data/candidates.jsonl, judged, measured and reviewed -> data/pairs.jsonl + data/rejected.jsonl + Data Docs: each held against the rules.
 
 The rules are data, in validate_suite.yaml beside this file; Great Expectations runs them. Nothing disappears: each candidate is a pair,
 with its evidence located in the document, or a rejected row with the names of the rules it broke. Costs seconds.
@@ -8,95 +8,162 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
-from stages.evidence import locate, words
+from stages.decisions import with_decisions
+from stages.evidence import fold, locate, words
 from stages.files import new_folder, write_json
-from stages.params import NonNegative, Positive, Share, convert_section
-from stages.program import BadInput, BadParams, LimitBroken, run, say
-from stages.records import Candidate, Chunk, Judgement, Pair, Rejected, by_id, read_records, write_records
+from stages.params import NonNegative, Positive, Share
+from stages.program import BadInput, LimitBroken, run, say
+from stages.records import (
+    MEND,
+    Candidate,
+    Chunk,
+    Decision,
+    Judgement,
+    Measurement,
+    Pair,
+    Rejected,
+    by_id,
+    read_records,
+    write_records,
+)
+from stages.rules import checking, read_rules
+from stages.screening import instructions_in, redacted, secrets_in
 
 SUITE = Path(__file__).with_name("validate_suite.yaml")
 PROMPTS = Path(__file__).parent / "recipes" / "prompts.yaml"
-SUITE_NAME = "pairs"
+
+CODE = re.compile(r"```.*?(?:```|$)|`[^`\n]+`", re.DOTALL)
+TAG = r"(?:a|b|i|u|p|br|hr|em|li|ol|ul|td|th|tr|div|img|pre|sub|sup|svg|code|span|table|thead|tbody|strong|script|style|iframe|details|summary|h[1-6])"
+MARKUP = re.compile(
+    rf"</?{TAG}(?:\s[^>]*)?/?>|&(?:[a-z]{{2,8}}|#\d+);|\]\(|!\[|\{{\{{|\{{%|^\s*\|.*\|\s*$|^#{{1,6}} |^:::|^\s*\.\. \w+::",
+    re.IGNORECASE | re.MULTILINE,
+)
+LOOP = re.compile(r"\b(\w+(?:\W+\w+){0,9}?)(?:\W+\1\b){2,}", re.IGNORECASE)
+URL = re.compile(r"https?://[^\s<>()\[\]`'\"]*[\w/]")
+NUMBER = re.compile(r"(?<![\w.,-])\d+(?:[.,]\d+)*(?![\w-]*[A-Za-z_])")  # not part of a name
+FLAG = re.compile(r"(?<![\w-])-{1,2}[A-Za-z][\w-]*")
+FILE_NAME = re.compile(
+    r"(?<![\w/.@-])[\w./~-]*\w\.(?:py|js|ts|go|rs|sh|md|txt|rst|csv|tsv|sql|log|lock|cfg|ini|env|conf|toml|yaml|yml|json|jsonl|xml|html|css|pdf|docx|ipynb|png|jpg|svg|gz|zip|tar|exe|dll|so|jar|war|java|c|h|cpp|gguf|safetensors|bin|db|sqlite|parquet|pem|key|crt)\b"
+)
+NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve"
 
 
 class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     wordings: Positive
     min_similarity: NonNegative
+    min_entailment: Share
     max_rejected_share: Share
 
 
-class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One entry of validate_suite.yaml."""
-
-    rule: str
-    expectation: str
-    kwargs: dict[str, Any]
-    severity: Literal["critical", "warning"]
-    reason: str
-
-
-def read_rules(path: Path, validate: Params) -> list[Rule]:
-    """The rules in file order, with <validate.name> replaced by the setting's value. Raises BadParams."""
-    import yaml
-
-    rules = [
-        convert_section(path.stem, entry, Rule, path.name) for entry in yaml.safe_load(path.read_text(encoding="utf-8")) or []
-    ]
-    if not rules:
-        raise BadParams(f"{path.name} holds no rule; a suite that checks nothing cannot pass")
-    names = Counter(rule.rule for rule in rules)
-    if repeated := [name for name, count in names.items() if count > 1]:
-        raise BadParams(f"{path.name}: the rule {repeated[0]} is there twice; names must differ")
-    settings = msgspec.structs.asdict(validate)
-    return [
-        msgspec.structs.replace(rule, kwargs={key: _setting(value, settings, rule.rule) for key, value in rule.kwargs.items()})
-        for rule in rules
-    ]
+def invented(answer: str, source: str) -> dict[str, bool]:
+    """Whether `answer` has a URL, number, flag, file name or piece of code that `source` (white space folded) does not have."""
+    numbers = {found.replace(",", "") for found in NUMBER.findall(source)} | {
+        str(NUMERALS.split().index(word)) for word in re.findall(rf"\b(?:{NUMERALS.replace(' ', '|')})\b", source.lower())
+    }
+    prose = CODE.sub(" ", URL.sub(" ", answer))
+    lines = [line for span in CODE.findall(answer) for line in span.strip("`").split("\n")[span.startswith("```") :]]
+    return {
+        "url_is_invented": any(found not in source for found in URL.findall(answer)),
+        "number_is_invented": any(found.replace(",", "") not in numbers for found in NUMBER.findall(FILE_NAME.sub(" ", prose))),
+        "flag_is_invented": any(
+            not re.search(rf"(?<![\w-]){found}(?![\w-])", source) for found in FLAG.findall(URL.sub(" ", answer))
+        ),
+        "file_name_is_invented": any(found not in source for found in FILE_NAME.findall(URL.sub(" ", answer))),
+        "code_is_invented": any(fold(line) not in source for line in lines),
+    }
 
 
-def _setting(value: Any, settings: Mapping[str, Any], rule: str) -> Any:
-    found = re.fullmatch(r"<validate\.(\w+)>", value) if isinstance(value, str) else None
-    if found is None:
-        return value
-    if found[1] not in settings:
-        raise BadParams(f"{SUITE.name}: {rule}: validate.{found[1]} is not a setting; known: {', '.join(settings)}")
-    return settings[found[1]]
+def loops(text: str) -> bool:
+    """Whether words outside code come three times in a row, or a sentence of at least five words twice."""
+    prose = CODE.sub(" ", text)
+    sentences = [words(sentence) for sentence in re.split(r"(?<=[.!?])\s", prose)]
+    return bool(LOOP.search(prose)) or any(count > 1 and one.count(" ") >= 4 for one, count in Counter(sentences).items())
 
 
 def table(
-    candidates: Sequence[Candidate], chunks: Mapping[str, Chunk], judgements: Mapping[str, Judgement], examples: Iterable[str]
+    candidates: Sequence[Candidate],
+    chunks: Mapping[str, Chunk],
+    judgements: Mapping[str, Judgement],
+    measurements: Mapping[str, Measurement],
+    refused: frozenset[str],
+    examples: Iterable[str],
 ) -> Any:
-    """A DataFrame with a row for each candidate in the given order: its fields and the columns that rules ask about.
+    """A DataFrame with a row for each candidate in the given order: its fields, secrets marked over, and the columns that rules ask about.
 
-    A candidate that no judge rated, for whatever reason, is not `rated_` anything: the other rules decide.
+    A candidate that no judge rated, for whatever reason, is not `rated_` anything: the other rules decide. `refused`: by a reviewer.
     """
     import pandas
 
     taught = {words(example) for example in examples}
+    sources = {name: fold(f"{' '.join(chunk.heading_path)} {chunk.text}") for name, chunk in chunks.items()}
     rows: list[dict[str, Any]] = []
-    seen: set[str] = set()
     for candidate in candidates:
+        chunk, measured = chunks[candidate.chunk_id], measurements[candidate.id]
         question, answer = words(candidate.question), words(candidate.answer)
         too_low = judgements[candidate.id].too_low if candidate.id in judgements else ()
+        texts = f"{candidate.question}\n{candidate.answer}\n{candidate.quote}"
         rows.append(
-            msgspec.structs.asdict(candidate)
+            msgspec.structs.asdict(without_secrets(candidate) if measured.secrets else candidate)
+            | invented(candidate.answer, sources[chunk.id])
             | {
-                "quote_is_in_chunk": bool(candidate.quote)
-                and locate(candidate.quote, chunks[candidate.chunk_id].text) is not None,
+                "quote_is_missing": locate(candidate.quote, chunk.text) is None,
                 "question_copies_answer": question == answer or (len(answer) > 20 and answer in question),
                 "question_copies_example": question in taught,
-                "repeats_earlier_question": question in seen,
+                "answer_loops": loops(candidate.answer),
+                "holds_markup": bool(
+                    MARKUP.search(CODE.sub(" ", candidate.question)) or MARKUP.search(CODE.sub(" ", candidate.answer))
+                ),
+                "speaks_to_a_model": bool(instructions_in(texts)),
+                "holds_secret": bool(measured.secrets),
+                "holds_personal_data": bool(measured.personal_data),
+                "entailment": measured.entailment,
+                "language_differs": "" not in (measured.language, measured.source_language)
+                and measured.language != measured.source_language,
                 "rated_unfaithful": "faithfulness" in too_low,
                 "rated_unanswerable": "answerability" in too_low,
                 "rated_useless": "usefulness" in too_low,
+                "reviewer_rejected": candidate.id in refused,
             }
         )
-        seen.add(question)
     return pandas.DataFrame(rows)
+
+
+def selection(candidates: Sequence[Candidate], measurements: Mapping[str, Measurement]) -> Any:
+    """A DataFrame with a row for each of `candidates`, best first: whether a better one says the same, else its place in its fact, from 1."""
+    import pandas
+
+    rows: list[dict[str, Any]] = []
+    asked: set[str] = set()
+    fact_of_cluster: dict[str, str] = {}
+    wordings: Counter[str] = Counter()
+    for candidate in candidates:
+        question = words(candidate.question)
+        is_asked = question in asked
+        is_alike = fact_of_cluster.get(measurements[candidate.id].cluster, candidate.fact_id) != candidate.fact_id
+        if not is_asked and not is_alike:
+            asked.add(question)
+            fact_of_cluster.setdefault(measurements[candidate.id].cluster, candidate.fact_id)
+            wordings[candidate.fact_id] += 1
+        rows.append(
+            {
+                "id": candidate.id,
+                "question": candidate.question,
+                "repeats_better_question": is_asked,
+                "repeats_better_pair": is_alike and not is_asked,
+                "place": 0 if is_asked or is_alike else wordings[candidate.fact_id],
+            }
+        )
+    return pandas.DataFrame(rows)
+
+
+def without_secrets(candidate: Candidate) -> Candidate:
+    """`candidate` with each secret in its texts marked over."""
+    texts = {name: getattr(candidate, name) for name in ("question", "answer", "quote")}
+    return msgspec.structs.replace(candidate, **{name: redacted(text, secrets_in(text)) for name, text in texts.items()})
 
 
 def example_questions(prompts: Path) -> list[str]:
@@ -108,72 +175,7 @@ def example_questions(prompts: Path) -> list[str]:
     return [question for example in examples for question in example.get("questions") or [example["question"]]]
 
 
-def broken_rules(rows: Any, rules: Sequence[Rule], data_docs: Path) -> dict[str, list[str]]:
-    """Row id -> names of the rules it broke, in the suite's order; rows without a fault are absent. Writes Data Docs to `data_docs`.
-
-    Raises LimitBroken for a critical rule that failed and BadParams for a rule that could not run: neither may pass as "no fault".
-    """
-    import great_expectations as gx
-    import great_expectations.expectations as gxe
-
-    context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = {"globally": False, "metric_calculations": False}  # type: ignore[assignment]
-    suite = gx.ExpectationSuite(name=SUITE_NAME)
-    for rule in rules:
-        kind = getattr(gxe, "".join(part.capitalize() for part in rule.expectation.split("_")), None)
-        if kind is None:
-            raise BadParams(f"{SUITE.name}: {rule.rule}: {rule.expectation} is not an expectation of Great Expectations")
-        try:
-            expectation = kind(
-                **rule.kwargs, severity=rule.severity, meta={"rule": rule.rule}, notes=f"{rule.rule}: {rule.reason}"
-            )
-        except (TypeError, ValueError) as error:  # pydantic's ValidationError is a ValueError
-            raise BadParams(
-                f"{SUITE.name}: {rule.rule}: kwargs do not fit {rule.expectation}: {' '.join(str(error).split())[:300]}"
-            ) from None
-        suite.add_expectation(expectation)
-    batch = (
-        context.data_sources.add_pandas("candidates")
-        .add_dataframe_asset("candidates")
-        .add_batch_definition_whole_dataframe("all")
-    )
-    definition = context.validation_definitions.add(
-        gx.ValidationDefinition(name=SUITE_NAME, data=batch, suite=context.suites.add(suite))
-    )
-    site = {
-        "class_name": "SiteBuilder",
-        "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
-        "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(data_docs.resolve())},
-    }
-    context.add_data_docs_site(site_name="pairs", site_config=site)
-    checkpoint = gx.Checkpoint(
-        name=SUITE_NAME,
-        validation_definitions=[definition],
-        result_format={"result_format": "COMPLETE", "unexpected_index_column_names": ["id"]},
-    )
-    outcome = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": rows})
-    context.build_data_docs()
-    (validation,) = outcome.run_results.values()
-    if len(validation.results) != len(rules):
-        raise BadParams(f"{SUITE.name}: {len(validation.results)} of {len(rules)} rules ran; all of them must")
-    order = {rule.rule: place for place, rule in enumerate(rules)}
-    faults: dict[str, list[str]] = {}
-    for result in sorted(validation.results, key=lambda result: order[result.expectation_config.meta["rule"]]):
-        name = result.expectation_config.meta["rule"]
-        if result.exception_info.get("raised_exception") or "unexpected_index_list" not in result.result and not result.success:
-            detail = " ".join(str(result.exception_info.get("exception_message") or result.exception_info).split())[:300]
-            raise BadParams(f"{SUITE.name}: the rule {name} could not run: {detail}")
-        ids = [row["id"] for row in result.result.get("unexpected_index_list") or []]
-        if ids and rules[order[name]].severity == "critical":
-            raise LimitBroken(
-                f"the critical rule {name} failed for {len(ids)} candidates, first {ids[0]}: {rules[order[name]].reason}"
-            )
-        for row_id in ids:
-            faults.setdefault(row_id, []).append(name)
-    return faults
-
-
-def pair_of(candidate: Candidate, chunk: Chunk) -> Pair:
+def pair_of(candidate: Candidate, chunk: Chunk, cluster: str, flags: Sequence[str], is_reviewed: bool) -> Pair:
     """`candidate` as a pair, its quote located in the document."""
     place = locate(candidate.quote, chunk.text)
     if place is None:
@@ -197,6 +199,25 @@ def pair_of(candidate: Candidate, chunk: Chunk) -> Pair:
         model=candidate.model,
         similarity=candidate.similarity,
         wording=candidate.wording,
+        cluster=cluster,
+        flags=tuple(flags),
+        reviewed=is_reviewed,
+    )
+
+
+def rejected_of(candidate: Candidate, chunk: Chunk, rules: Sequence[str], has_secret: bool, is_waivable: bool) -> Rejected:
+    shown = without_secrets(candidate) if has_secret else candidate
+    return Rejected(
+        id=candidate.id,
+        chunk_id=chunk.id,
+        section_id=chunk.section_id,
+        question=shown.question,
+        answer=shown.answer,
+        quote=shown.quote,
+        type=candidate.type,
+        similarity=candidate.similarity,
+        rules=tuple(rules),
+        waivable=is_waivable,
     )
 
 
@@ -204,6 +225,8 @@ def main(
     candidates: Path,
     chunks: Path,
     judgements: Path,
+    measurements: Path,
+    review: Path,
     pairs: Path,
     rejected: Path,
     data_docs: Path,
@@ -211,44 +234,96 @@ def main(
     *,
     validate: Params,
 ) -> None:
+    rules = read_rules(SUITE, validate=validate)
     chunk_by_id = by_id(read_records(chunks, Chunk))
-    judgement_by_id = by_id(read_records(judgements, Judgement))
-    # best wordings first, so that of two equal questions the better one stays
-    claims = sorted(read_records(candidates, Candidate), key=lambda claim: (claim.wording, -claim.similarity, claim.id))
-    if not claims:
+    asked = read_records(candidates, Candidate)
+    if not asked:
         raise BadInput(f"{candidates} holds no candidate; see data/generate_failures.jsonl")
-    if lost := [claim for claim in claims if claim.chunk_id not in chunk_by_id]:
+    if lost := [claim for claim in asked if claim.chunk_id not in chunk_by_id]:
         raise BadInput(
             f"{candidates}: {lost[0].id} names chunk {lost[0].chunk_id}, which {chunks} does not hold. Re-run: dvc repro generate"
         )
-    rules = read_rules(SUITE, validate)
-    with new_folder(data_docs) as draft:
-        faults = broken_rules(table(claims, chunk_by_id, judgement_by_id, example_questions(PROMPTS)), rules, draft)
-        accepted = [pair_of(claim, chunk_by_id[claim.chunk_id]) for claim in claims if claim.id not in faults]
-        refused = [
-            Rejected(
-                id=claim.id,
-                chunk_id=claim.chunk_id,
-                question=claim.question,
-                answer=claim.answer,
-                quote=claim.quote,
-                rules=tuple(faults[claim.id]),
-            )
-            for claim in claims
-            if claim.id in faults
-        ]
-    by_rule = Counter(rule for row in refused for rule in row.rules)
+    reviewed = with_decisions(asked, read_records(review, Decision, MEND), chunk_by_id)
+    measured = by_id(read_records(measurements, Measurement))
+    if unknown := [claim for claim in reviewed.candidates if claim.id not in measured]:
+        raise BadInput(f"{measurements} has no row for candidate {unknown[0].id}. Re-run: dvc repro measure")
+    # best first: what people wrote or accepted, then by round trip, so that of two equal questions the better one stays
+    claims = sorted(
+        reviewed.candidates,
+        key=lambda claim: (
+            claim.recipe != "curated",
+            claim.id not in reviewed.accepted,
+            claim.wording,
+            -claim.similarity,
+            claim.id,
+        ),
+    )
+    rows = table(
+        claims,
+        chunk_by_id,
+        by_id(read_records(judgements, Judgement)),
+        measured,
+        reviewed.rejected,
+        example_questions(PROMPTS),
+    )
+    faults: dict[str, list[str]] = {}  # candidate id -> rules that reject it
+    flags: dict[str, list[str]] = {}  # candidate id -> rules that report it
+    counts: Counter[str] = Counter()
+
+    def note(broken: Mapping[str, Sequence[str]]) -> None:
+        for rule in rules:
+            ids = broken.get(rule.rule, ())
+            counts[rule.rule] += len(ids)
+            for id in ids:
+                if rule.severity == "info":
+                    flags.setdefault(id, []).append(rule.rule)
+                elif not (rule.waivable and id in reviewed.accepted):
+                    faults.setdefault(id, []).append(rule.rule)
+
+    with new_folder(data_docs) as draft, checking(draft) as check:
+        note(check("candidates", rows, [rule for rule in rules if rule.among == "all"]))
+        sound = [claim for claim in claims if claim.id not in faults]
+        if sound:
+            note(check("sound candidates", selection(sound, measured), [rule for rule in rules if rule.among == "sound"]))
+    final = {rule.rule for rule in rules if not rule.waivable}
+    accepted, refused = [], []
+    for claim in claims:
+        chunk, one = chunk_by_id[claim.chunk_id], measured[claim.id]
+        if claim.id in faults:
+            refused.append(rejected_of(claim, chunk, faults[claim.id], bool(one.secrets), final.isdisjoint(faults[claim.id])))
+        else:
+            accepted.append(pair_of(claim, chunk, one.cluster, flags.get(claim.id, ()), claim.id in reviewed.accepted))
     share = len(refused) / len(claims)
     write_records(rejected, refused)
     write_records(pairs, accepted)
-    counts = {"candidates": len(claims), "pairs": len(accepted), "rejected": len(refused), "rejected_share": round(share, 4)}
-    covered = {"sections": len({pair.section_id for pair in accepted}), "facts": len({pair.fact_id for pair in accepted})}
-    write_json(metrics, counts | covered | {"by_rule": {rule.rule: by_rule.get(rule.rule, 0) for rule in rules}})
+    write_json(
+        metrics,
+        {
+            "candidates": len(claims),
+            "pairs": len(accepted),
+            "rejected": len(refused),
+            "rejected_share": round(share, 4),
+            "sections": len({pair.section_id for pair in accepted}),
+            "facts": len({pair.fact_id for pair in accepted}),
+            "by_rule": {rule.rule: counts[rule.rule] for rule in rules if rule.severity != "info"},
+            "flagged": {rule.rule: counts[rule.rule] for rule in rules if rule.severity == "info"},
+            "review": {
+                "accepted": len(reviewed.accepted) - reviewed.edited,
+                "edited": reviewed.edited,
+                "rejected": len(reviewed.rejected),
+                "stale": len(reviewed.stale),
+            },
+        },
+    )
     say(
         f"validate: {len(claims)} candidates = {len(accepted)} pairs + {len(refused)} rejected; Data Docs in {data_docs}/index.html"
     )
+    if reviewed.stale:
+        say(
+            f"validate: {len(reviewed.stale)} decisions in {review} are about text that is gone, first {reviewed.stale[0].question!r}"
+        )
     if not accepted or share > validate.max_rejected_share:
-        worst = ", ".join(f"{rule} {count}" for rule, count in by_rule.most_common(3))
+        worst = ", ".join(f"{rule} {count}" for rule, count in counts.most_common(3))
         raise LimitBroken(
             f"{share:.1%} of {len(claims)} candidates were rejected, and validate.max_rejected_share is {validate.max_rejected_share:.0%}; most often: {worst}"
         )

@@ -37,11 +37,34 @@ def candidate(name: str, chunk_id: str, fact: str, kind: Any = "factual", recipe
 def pair(name: str, chunk_id: str) -> Pair:
     place: dict[str, Any] = {"section_id": "any", "document_id": "a", "path": "a.md", "heading_path": (), "wording": 1}
     said: dict[str, Any] = {"question": "Port?", "answer": "5000.", "quote": "5000.", "quote_start": 0, "quote_end": 5}
-    return Pair(id=name, chunk_id=chunk_id, fact_id="f", type="factual", model="m", similarity=0.9, **place, **said)
+    return Pair(
+        id=name,
+        chunk_id=chunk_id,
+        fact_id="f",
+        type="factual",
+        model="m",
+        similarity=0.9,
+        cluster=name,
+        flags=(),
+        reviewed=False,
+        **place,
+        **said,
+    )
 
 
 def rejected(name: str, chunk_id: str, *rules: str) -> Rejected:
-    return Rejected(id=name, chunk_id=chunk_id, question="Port?", answer="5000.", quote="", rules=rules)
+    return Rejected(
+        id=name,
+        chunk_id=chunk_id,
+        section_id="s",
+        question="Port?",
+        answer="5000.",
+        quote="",
+        type="factual",
+        similarity=0.9,
+        rules=rules,
+        waivable=True,
+    )
 
 
 def failure(name: str, parent: str, reason: str) -> Failure:

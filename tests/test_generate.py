@@ -21,13 +21,11 @@ from fake_endpoint import FakeEndpoint, Turn
 
 from stages.evidence import fold
 from stages.generate import (
-    Embed,
     Params,
     Ranked,
     candidates_of,
     curated_drafts,
     distinct,
-    embedding,
     found_sections,
     main,
     places_in,
@@ -37,6 +35,7 @@ from stages.generate import (
     without,
 )
 from stages.llm import Endpoint
+from stages.models import Embed, embedding
 from stages.program import BadInput, BadModelFile, LimitBroken, ServerFailed
 from stages.recipes import Draft
 from stages.records import Candidate, Chunk, Curated, Failure, content_id, read_records, write_records

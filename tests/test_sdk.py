@@ -37,6 +37,9 @@ def pair(id: str, entry: dict[str, str]) -> Pair:
         model="m",
         similarity=0.9,
         wording=1,
+        cluster=id,
+        flags=(),
+        reviewed=False,
     )
 
 

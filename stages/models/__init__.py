@@ -1,13 +1,16 @@
 """Model references and the models behind them. Nothing is downloaded unless params.yaml says `hf:`; nothing is unpickled."""
 
+import functools
 import importlib.util
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from stages.files import new_folder, sha256_of
 from stages.program.errors import BadModelFile
 
+Embed = Callable[[Sequence[str]], Any]  # texts -> unit vectors, shape (n, d)
 CACHE = Path("models/cache")  # GGUF files unpacked for transformers and vLLM, by SHA-256; safe to delete
 
 
@@ -64,6 +67,30 @@ def load_embedder(reference: str) -> Any:
     folder = find_model(reference)
     _refuse_pickles(folder)
     return SentenceTransformer(str(folder), trust_remote_code=False)
+
+
+def embedding(reference: str) -> Embed:
+    """The embedder behind `reference` as a function that loads it when it is first needed, and embeds each text once."""
+    import numpy as np
+
+    embedder = functools.cache(lambda: load_embedder(reference))
+    known: dict[str, Any] = {}
+
+    def embed(texts: Sequence[str]) -> Any:
+        if new := sorted(set(texts) - known.keys()):
+            known.update(zip(new, embedder().encode(new, batch_size=64, normalize_embeddings=True), strict=True))
+        return np.array([known[text] for text in texts])
+
+    return embed
+
+
+def load_cross_encoder(reference: str) -> Any:
+    """The CrossEncoder behind `reference`: a sequence classifier for pairs of texts."""
+    from sentence_transformers import CrossEncoder
+
+    folder = find_model(reference)
+    _refuse_pickles(folder)
+    return CrossEncoder(str(folder), trust_remote_code=False)
 
 
 def _in_package(reference: str, name: str) -> Path:

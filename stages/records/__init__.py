@@ -73,6 +73,19 @@ class Failure(Record):
     detail: str
 
 
+class Finding(Record):
+    """Something in a document that its owner should know of. id = hash(parent, kind, rule, start, shown)."""
+
+    parent_id: Text  # the document's id
+    source: Text
+    path: Text
+    kind: Literal["secret", "personal-data", "hidden-text", "instruction", "dominant-document", "near-identical-pages"]
+    rule: Text  # what found it
+    start: Offset  # characters into Document.text; start = end where it was removed or concerns the whole document
+    end: Offset
+    shown: str  # what it is, without the secret itself
+
+
 class Candidate(Record):
     """An unjudged question and answer. id = hash(chunk, question, answer)."""
 
@@ -98,6 +111,31 @@ class Judgement(Record):
     usefulness: Rating | None  # a reader would ask this, and the answer helps
     too_low: tuple[Dimension, ...]  # those below judge.min_score
     reason: str  # the judge's own, or why there is no rating
+
+
+class Measurement(Record):
+    """What rules need to know of a candidate and is costly to find out. id = the candidate's."""
+
+    entailment: float  # cosine of answer and quote, or the probability that an NLI model gives
+    language: str  # ISO 639-1, of question and answer; "" where it is not certain
+    source_language: str
+    secrets: tuple[str, ...]  # names of what was found in question, answer and quote
+    personal_data: tuple[str, ...]
+    cluster: Text  # the least id of the candidates whose question and answer are alike
+
+
+class Decision(Record):
+    """What a reviewer decided about a pair. id = hash(question, answer), so that it outlives a regeneration."""
+
+    verdict: Literal["accept", "edit", "reject"]
+    chunk_id: Text
+    question: Text  # this and the next three as generated
+    answer: Text
+    quote: str
+    type: QuestionType
+    edited_question: str = ""
+    edited_answer: str = ""
+    note: str = ""
 
 
 class Curated(Record):
@@ -128,16 +166,23 @@ class Pair(Record):
     model: Text
     similarity: float
     wording: Offset
+    cluster: Text  # of pairs that are alike; see Measurement
+    flags: tuple[str, ...]  # rules that report and do not reject
+    reviewed: bool  # a person accepted or edited it
 
 
 class Rejected(Record):
-    """A candidate that broke a rule. id = the candidate's; rules in the suite's order."""
+    """A candidate that broke a rule. id = the candidate's; rules in the suite's order. A secret's place in its texts is marked, not shown."""
 
     chunk_id: Text
+    section_id: Text
     question: str
     answer: str
     quote: str
+    type: str
+    similarity: float
     rules: tuple[str, ...]
+    waivable: bool  # a reviewer may accept it all the same
 
 
 class Coverage(Record):
@@ -207,6 +252,7 @@ class Score(Record):
 
 
 Kind = TypeVar("Kind", bound=Record)
+MEND = "Nothing was overwritten; mend that line, or take the file back from git"  # for a file that people write
 
 
 def content_id(*parts: object) -> str:
@@ -214,16 +260,16 @@ def content_id(*parts: object) -> str:
     return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()[:16]
 
 
-def read_records(path: Path, kind: type[Kind]) -> list[Kind]:
-    """The records of a .jsonl file in file order; an empty file gives []. Raises BadRecord with file, line and fault."""
+def read_records(path: Path, kind: type[Kind], advice: str = "Rebuild it with: dvc repro --force") -> list[Kind]:
+    """The records of a .jsonl file in file order; an empty file gives []. Raises BadRecord with file, line, fault and `advice`."""
     decoder = msgspec.json.Decoder(kind)
     records = []
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 records.append(decoder.decode(line))
-            except (msgspec.DecodeError, msgspec.ValidationError) as error:
-                raise BadRecord(f"{path}:{number}: not a {kind.__name__}: {error}. Rebuild it with: dvc repro --force") from None
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise BadRecord(f"{path}:{number}: not a {kind.__name__}: {error}. {advice}") from None
     return records
 
 
