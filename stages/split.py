@@ -1,21 +1,30 @@
 """data/pairs.jsonl -> data/train.jsonl, data/dev.jsonl, data/questions.jsonl: training data and two question sets, parted by section.
 
 Some sections are held out whole: their questions show what the model says about what it never saw. From the other sections one
-wording of a fact goes to *recall* (or to dev, for the loss during training) and the fact's other wordings are trained. Costs a second.
+wording of a fact goes to *recall* (or to dev, for the loss during training) and the fact's other wordings are trained. No question has
+a near-duplicate in training; before anything is written, the rules in split_suite.yaml are held against it. Costs seconds.
 """
 
 import random
-from collections import defaultdict
-from collections.abc import Sequence
+import tempfile
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
+from stages.evidence import words
 from stages.files import write_json
+from stages.likeness import joined, near_duplicates
 from stages.params import Count, Share
 from stages.program import LimitBroken, run, say
-from stages.records import Example, Message, Pair, Question, content_id, read_records, write_records
+from stages.records import Example, Message, Pair, Question, by_id, content_id, evolve, read_records, write_records
+from stages.rules import checking, read_rules
+
+SUITE = Path(__file__).with_name("split_suite.yaml")
+SAME_QUOTE = 0.8  # Jaccard similarity of two quotes that say one thing
 
 
 class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -26,15 +35,17 @@ class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_dev: Count
     turns: Annotated[int, msgspec.Meta(ge=2)]
     multi_turn_share: Share
+    max_document_share: Share
 
 
 class Parts(msgspec.Struct, frozen=True):
-    """Where each pair went; no pair is in two parts but for multi-turn examples, which repeat trained pairs."""
+    """Where each pair went: to one part, or to the unused ones under a reason. Multi-turn examples repeat trained pairs."""
 
     train: list[Pair]
     dev: list[Pair]
     recall: list[Pair]
     held_out: list[Pair]
+    unused: dict[str, list[Pair]]
 
 
 def drawn_share(seed: int, name: str) -> float:
@@ -43,32 +54,97 @@ def drawn_share(seed: int, name: str) -> float:
 
 
 def part(pairs: Sequence[Pair], split: Params) -> Parts:
-    """`pairs` parted by section and fact. A fact with one wording is trained; one with more gives its last to recall or dev.
+    """`pairs` parted by section and fact. A fact with one wording is trained; one with more gives one of them to recall or dev.
 
-    Held-out questions beyond `max_held_out` are unused: to train on them would be to show the sections.
+    That one is no near-duplicate of the others where there is such a wording; without one, the whole fact is trained.
+    Reasons for not using a pair:
+    held-out-overlap: of a held-out section, but its question or its quote also stands in a trained one
+    held-out-surplus: one more wording of a held-out question, or beyond `max_held_out`: to train on it would be to show the section
+    like-a-question: a near-duplicate of a question in recall or dev
+    document-share: of a document with more than `max_document_share` of the trained pairs; the lowest similarities go
+    fact-untrained: a question whose fact lost its trained wordings to `document-share`
     """
-    held_out = [pair for pair in pairs if drawn_share(split.seed, pair.section_id) < split.held_out_share]
-    held_sections = {pair.section_id for pair in held_out}
-    facts: dict[str, list[Pair]] = defaultdict(list)
+    pairs = sorted(pairs, key=lambda pair: (pair.fact_id, pair.wording, pair.id))
+    groups = dict(zip((pair.id for pair in pairs), alike(pairs), strict=True))
+    quotes = dict(zip((pair.id for pair in pairs), near_duplicates([pair.quote for pair in pairs], SAME_QUOTE), strict=True))
+    unused: dict[str, list[Pair]] = defaultdict(list)
+    held: list[Pair] = []
+    rest: list[Pair] = []
     for pair in pairs:
-        if pair.section_id not in held_sections:
-            facts[pair.fact_id].append(pair)
-    train: list[Pair] = []
-    spare: list[Pair] = []
-    for fact in sorted(facts):
-        wordings = sorted(facts[fact], key=lambda pair: (pair.wording, pair.id))
-        spare += wordings[-1:] if len(wordings) > 1 else []
-        train += wordings[:-1] if len(wordings) > 1 else wordings
-    spare.sort(key=lambda pair: drawn_share(split.seed, pair.id))
+        (held if drawn_share(split.seed, pair.section_id) < split.held_out_share else rest).append(pair)
+
+    known_groups, known_quotes = {groups[pair.id] for pair in rest}, {quotes[pair.id] for pair in rest}
+    one_each: dict[str, Pair] = {}
+    for pair in held:
+        if groups[pair.id] in known_groups or quotes[pair.id] in known_quotes:
+            unused["held-out-overlap"].append(pair)
+        elif one_each.setdefault(pair.fact_id, pair) is not pair:
+            unused["held-out-surplus"].append(pair)
+    chosen = sorted(one_each.values(), key=lambda pair: drawn_share(split.seed, pair.id))
+    unused["held-out-surplus"] += chosen[split.max_held_out :]
+
+    spare = sorted(unlike_the_rest(rest, groups), key=lambda pair: drawn_share(split.seed, pair.id))
     # dev comes out of what is left behind recall, and recall is never less than half of the spare wordings
     recall = spare[: max(len(spare) - split.max_dev, (len(spare) + 1) // 2)][: split.max_recall]
     dev = spare[len(recall) :][: split.max_dev]
-    train += spare[len(recall) + len(dev) :]
-    one_each: dict[str, Pair] = {}
-    for pair in sorted(held_out, key=lambda pair: (pair.wording, pair.id)):
-        one_each.setdefault(pair.fact_id, pair)
-    chosen = sorted(one_each.values(), key=lambda pair: drawn_share(split.seed, pair.id))[: split.max_held_out]
-    return Parts(train=train, dev=dev, recall=recall, held_out=chosen)
+    asked = {groups[pair.id]: pair for pair in recall + dev}
+    unused["like-a-question"] = [pair for pair in rest if asked.get(groups[pair.id], pair) is not pair]
+    train, unused["document-share"] = within_share([pair for pair in rest if groups[pair.id] not in asked], split)
+    trained = {pair.fact_id for pair in train}
+    unused["fact-untrained"] = [pair for pair in recall + dev if pair.fact_id not in trained]
+    return Parts(
+        train=train,
+        dev=[pair for pair in dev if pair.fact_id in trained],
+        recall=[pair for pair in recall if pair.fact_id in trained],
+        held_out=chosen[: split.max_held_out],
+        unused={reason: found for reason, found in unused.items() if found},
+    )
+
+
+def alike(pairs: Sequence[Pair]) -> list[int]:
+    """The group of each pair: those of one cluster are in one, and those whose questions have the same words."""
+    firsts: dict[tuple[str, str], int] = {}
+    keys = [
+        (number, key) for number, pair in enumerate(pairs) for key in (("cluster", pair.cluster), ("words", words(pair.question)))
+    ]
+    return joined(len(pairs), [(firsts.setdefault(key, number), number) for number, key in keys])
+
+
+def unlike_the_rest(pairs: Sequence[Pair], groups: Mapping[str, int]) -> list[Pair]:
+    """For each fact the wording to ask: the last one that is alone in its group, else one of the smallest group of this fact alone.
+
+    A fact whose wordings are all in one group, or in groups with other facts, has none.
+    """
+    facts: dict[str, list[Pair]] = defaultdict(list)
+    members: dict[int, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        facts[pair.fact_id].append(pair)
+        members[groups[pair.id]].append(pair)
+    found = []
+    for fact, wordings in facts.items():
+        own = [pair for pair in wordings if all(member.fact_id == fact for member in members[groups[pair.id]])]
+        if own and len({groups[pair.id] for pair in wordings}) > 1:
+            found.append(min(reversed(own), key=lambda pair: len(members[groups[pair.id]])))
+    return found
+
+
+def within_share(pairs: Sequence[Pair], split: Params) -> tuple[list[Pair], list[Pair]]:
+    """The pairs that can be trained while no document gives more than its share of them, and the others, in the given order."""
+    ranked: dict[str, list[Pair]] = defaultdict(list)
+    for pair in sorted(pairs, key=lambda pair: (-pair.similarity, pair.id)):
+        ranked[pair.document_id].append(pair)
+    sizes = [len(found) for found in ranked.values()]
+    share = allowed_share(len(sizes), split)
+    most = bisect_right(
+        range(1, max(sizes, default=0) + 1), share, key=lambda most: most / sum(min(size, most) for size in sizes)
+    )
+    kept = {pair.id for found in ranked.values() for pair in found[:most]}
+    return [pair for pair in pairs if pair.id in kept], [pair for pair in pairs if pair.id not in kept]
+
+
+def allowed_share(documents: int, split: Params) -> float:
+    """`max_document_share`, or 1 where so few documents cannot all stay within it."""
+    return split.max_document_share if documents * split.max_document_share >= 1 else 1.0
 
 
 def conversations(pairs: Sequence[Pair], split: Params) -> list[Example]:
@@ -104,6 +180,36 @@ def question_of(pair: Pair, name: str) -> Question:
     )
 
 
+def table(train: Sequence[Example], dev: Sequence[Example], questions: Sequence[Question], pairs: Mapping[str, Pair]) -> Any:
+    """A DataFrame with a row for each example and question, computed from these alone, so that a slip of `part` shows."""
+    import pandas
+
+    trained = [pairs[pair_id] for pair_id in {pair_id for example in train for pair_id in example.pair_ids}]
+    trained_words = {words(message.content) for example in train for message in example.messages if message.role == "user"}
+    clusters, sections = {pair.cluster for pair in trained}, {pair.section_id for pair in trained}
+    sizes = Counter(pair.document_id for pair in trained)
+    asked = [(one.id, one.set, pairs[one.pair_id], one.question) for one in questions]
+    asked += [(one.id, "dev", pairs[one.pair_ids[0]], one.messages[0].content) for one in dev]  # type: ignore[misc]
+    faultless = {
+        "question_is_trained": False,
+        "near_duplicate_is_trained": False,
+        "held_out_section_is_trained": False,
+        "document_share": 0.0,
+    }
+    rows = [faultless | {"id": one.id, "document_share": sizes[one.document_id] / len(trained)} for one in train]
+    rows += [
+        faultless
+        | {
+            "id": row_id,
+            "question_is_trained": words(question) in trained_words,
+            "near_duplicate_is_trained": pair.cluster in clusters,
+            "held_out_section_is_trained": name == "held_out" and pair.section_id in sections,
+        }
+        for row_id, name, pair, question in asked
+    ]
+    return pandas.DataFrame(rows)
+
+
 def main(pairs: Path, train: Path, dev: Path, questions: Path, metrics: Path, *, split: Params) -> None:
     every = read_records(pairs, Pair)
     parts = part(every, split)
@@ -113,14 +219,20 @@ def main(pairs: Path, train: Path, dev: Path, questions: Path, metrics: Path, *,
             "add documents, or raise generate.wordings or generate.pairs_per_chunk"
         )
     examples = conversations(parts.train, split)
-    write_records(train, examples)
-    write_records(dev, conversations(parts.dev, msgspec.structs.replace(split, multi_turn_share=0.0)))
+    watched = conversations(parts.dev, evolve(split, multi_turn_share=0.0))
     asked = [question_of(pair, "recall") for pair in parts.recall] + [question_of(pair, "held_out") for pair in parts.held_out]
+    documents = len({pair.document_id for pair in parts.train})
+    rules = read_rules(SUITE, split=evolve(split, max_document_share=allowed_share(documents, split)))
+    with tempfile.TemporaryDirectory() as unread, checking(Path(unread)) as check:
+        check("split", table(examples, watched, asked, by_id(every)), rules)
+    write_records(train, examples)
+    write_records(dev, watched)
     write_records(questions, asked)
-    sizes = {name: len(getattr(parts, name)) for name in Parts.__struct_fields__}
-    unused = len(every) - sum(sizes.values())
+    sizes = {name: len(getattr(parts, name)) for name in ("train", "dev", "recall", "held_out")}
+    reasons = {reason: len(found) for reason, found in sorted(parts.unused.items())}
+    unused = sum(reasons.values())
     counts = {"pairs": len(every), "unused": unused, "examples": len(examples), "multi_turn": len(examples) - len(parts.train)}
-    write_json(metrics, counts | sizes)
+    write_json(metrics, counts | sizes | {"unused_by_reason": reasons})
     say(
         f"split: {len(every)} pairs = {sizes['train']} train + {sizes['dev']} dev + {sizes['recall']} recall"
         f" + {sizes['held_out']} held out + {unused} unused; {counts['multi_turn']} multi-turn examples"

@@ -11,7 +11,17 @@ from stages.program import LimitBroken
 from stages.records import Example, Pair, Question, by_id, content_id, evolve, read_records, write_records
 from stages.split import Params, Parts, conversations, drawn_share, main, part
 
-SPLIT = Params(seed=1, held_out_share=0.2, max_recall=100, max_held_out=100, max_dev=5, turns=3, multi_turn_share=0.5)
+SPLIT = Params(
+    seed=1,
+    held_out_share=0.2,
+    max_recall=100,
+    max_held_out=100,
+    max_dev=5,
+    turns=3,
+    multi_turn_share=0.5,
+    max_document_share=0.5,
+)
+ALL_TRAINED = msgspec.structs.replace(SPLIT, held_out_share=0.0, max_document_share=1.0)
 # what turning each setting must move; the value differs enough from SPLIT's to show in 80 facts
 CHANGES = {
     "seed": 2,
@@ -21,7 +31,9 @@ CHANGES = {
     "max_dev": 9,
     "turns": 2,
     "multi_turn_share": 1.0,
+    "max_document_share": 0.25,
 }
+ASKED = ("dev", "recall", "held_out")
 
 
 def pair(section: str, fact: int, wording: int, document: str) -> Pair:
@@ -43,6 +55,9 @@ def pair(section: str, fact: int, wording: int, document: str) -> Pair:
         model="m",
         similarity=0.9,
         wording=wording,
+        cluster=content_id(fact_id, wording),
+        flags=(),
+        reviewed=False,
     )
 
 
@@ -59,7 +74,7 @@ def corpus(documents: int = 4, name: str = "d") -> list[Pair]:
 
 def outputs(
     folder: Path, pairs: list[Pair], split: Params
-) -> tuple[list[Example], list[Example], list[Question], dict[str, int]]:
+) -> tuple[list[Example], list[Example], list[Question], dict[str, Any]]:
     write_records(folder / "pairs.jsonl", pairs)
     paths = [folder / name for name in ("pairs.jsonl", "train.jsonl", "dev.jsonl", "questions.jsonl", "metrics.json")]
     main(*paths, split=split)
@@ -93,15 +108,15 @@ def test_no_question_is_trained_and_asked_and_every_asked_fact_is_trained_in_oth
 
 def test_a_fact_with_one_wording_is_trained_and_the_last_of_several_is_asked() -> None:
     alone, first, second, third = (pair("s", fact, wording, "d") for fact, wording in ((0, 1), (1, 1), (1, 2), (1, 3)))
-    parts = part([third, alone, second, first], msgspec.structs.replace(SPLIT, held_out_share=0.0))
-    assert parts == Parts(train=[alone, first, second], dev=[], recall=[third], held_out=[])
+    parts = part([third, alone, second, first], ALL_TRAINED)
+    assert parts == Parts(train=[alone, first, second], dev=[], recall=[third], held_out=[], unused={})
 
 
 def test_recall_is_never_less_than_half_of_the_spare_wordings() -> None:
     pairs = [pair(f"s{section}", 0, wording, "d") for section in range(7) for wording in (1, 2)]
-    parts = part(pairs, msgspec.structs.replace(SPLIT, held_out_share=0.0, max_dev=5))
+    parts = part(pairs, msgspec.structs.replace(ALL_TRAINED, max_dev=5))
     assert (len(parts.train), len(parts.recall), len(parts.dev)) == (7, 4, 3)
-    parts = part(pairs, msgspec.structs.replace(SPLIT, held_out_share=0.0, max_dev=1, max_recall=4))
+    parts = part(pairs, msgspec.structs.replace(ALL_TRAINED, max_dev=1, max_recall=4))
     assert (len(parts.train), len(parts.recall), len(parts.dev)) == (9, 4, 1)  # 2 spare wordings are trained after all
 
 
@@ -147,6 +162,7 @@ def test_the_counts_add_up_to_the_pairs(tmp_path: Path, capsys: pytest.CaptureFi
     assert metrics["multi_turn"] == metrics["examples"] - metrics["train"] > 0
     held_sections = {one.section_id for one in part(corpus(), SPLIT).held_out}
     assert metrics["unused"] == 10 * len(held_sections) - 3  # a section has 1 + 2 + 3 + 4 pairs
+    assert metrics["unused_by_reason"] == {"held-out-surplus": metrics["unused"]}
     said = capsys.readouterr().out
     assert said.startswith("split: 200 pairs = ") and said.count("\n") == 1 and f" + {metrics['unused']} unused; " in said
 
@@ -165,9 +181,12 @@ def test_the_files_keep_questions_and_training_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), CHANGES.items())
-def test_each_setting_changes_the_output(name: str, value: Any, tmp_path: Path) -> None:
-    first = outputs(tmp_path, corpus(), SPLIT)[:3]
-    assert outputs(tmp_path, corpus(), msgspec.structs.replace(SPLIT, **{name: value}))[:3] != first
+def test_each_setting_changes_the_output(name: str, value: Any) -> None:
+    def output(split: Params) -> tuple[Parts, list[Example]]:
+        parts = part(corpus(), split)
+        return parts, conversations(parts.train, split)
+
+    assert output(msgspec.structs.replace(SPLIT, **{name: value})) != output(SPLIT)
 
 
 def test_every_setting_has_such_a_test() -> None:
@@ -176,7 +195,8 @@ def test_every_setting_has_such_a_test() -> None:
 
 def test_the_order_of_pairs_changes_nothing() -> None:
     def ids(parts: Parts) -> dict[str, list[str]]:
-        return {name: sorted(one.id for one in getattr(parts, name)) for name in Parts.__struct_fields__}
+        everything = {name: getattr(parts, name) for name in ("train", *ASKED)} | parts.unused
+        return {name: sorted(one.id for one in found) for name, found in everything.items()}
 
     assert ids(part(corpus()[::-1], SPLIT)) == ids(part(corpus(), SPLIT))
 
@@ -194,7 +214,7 @@ def test_too_few_pairs_are_one_clear_error_and_nothing_is_written(tmp_path: Path
     with pytest.raises(
         LimitBroken, match=r"pairs\.jsonl: 3 pairs leave 3 to train on and 0 to test with; add documents, or raise"
     ):
-        outputs(tmp_path, alone, msgspec.structs.replace(SPLIT, held_out_share=0.0))
+        outputs(tmp_path, alone, ALL_TRAINED)
     with pytest.raises(LimitBroken, match="0 pairs leave 0 to train on"):
         outputs(tmp_path, [], SPLIT)
     assert not (tmp_path / "train.jsonl").exists()
@@ -204,3 +224,154 @@ def test_a_text_changed_elsewhere_does_not_move_a_pair() -> None:
     pairs = corpus()
     reworded = [evolve(pairs[0], answer="Another answer."), *pairs[1:]]
     assert [one.id for one in part(pairs, SPLIT).recall] == [one.id for one in part(reworded, SPLIT).recall]
+
+
+# near-duplicates, overlap and one document's share
+
+
+def test_the_wording_asked_is_the_last_that_is_no_near_duplicate_of_a_trained_one() -> None:
+    first, second, third, fourth = (pair("s", 1, wording, "d") for wording in (1, 2, 3, 4))
+    twin = evolve(fourth, cluster=second.cluster)
+    assert part([first, second, third, twin], ALL_TRAINED) == Parts(
+        train=[first, second, twin], dev=[], recall=[third], held_out=[], unused={}
+    )
+
+
+def test_wordings_like_the_one_asked_are_unused_when_no_wording_stands_alone() -> None:
+    first, second, third, fourth = (pair("s", 1, wording, "d") for wording in (1, 2, 3, 4))
+    both = [evolve(second, cluster=first.cluster), evolve(fourth, cluster=third.cluster)]
+    parts = part([first, third, *both], ALL_TRAINED)
+    assert (parts.train, parts.recall, parts.unused) == ([first, both[0]], [both[1]], {"like-a-question": [third]})
+
+
+def test_a_fact_whose_wordings_are_all_alike_is_trained_and_not_asked() -> None:
+    pairs = [evolve(pair("s", 1, wording, "d"), cluster="one") for wording in (1, 2, 3)]
+    assert part(pairs, ALL_TRAINED) == Parts(train=pairs, dev=[], recall=[], held_out=[], unused={})
+
+
+def test_a_wording_like_another_facts_or_with_the_words_of_its_question_is_not_asked() -> None:
+    first, second, other = pair("s", 1, 1, "d"), pair("s", 1, 2, "d"), pair("s", 2, 1, "d")
+    assert part([first, second, other], ALL_TRAINED).recall == [second]
+    for like in (evolve(other, cluster=second.cluster), evolve(other, question=second.question.upper() + "!")):
+        assert part([first, second, like], ALL_TRAINED).recall == [first]
+
+
+def sections_by_share() -> tuple[str, str]:
+    """A section that SPLIT holds out, and one that it trains."""
+    names = [f"section-{number}" for number in range(50)]
+    return next(n for n in names if drawn_share(1, n) < 0.2), next(n for n in names if drawn_share(1, n) >= 0.2)
+
+
+def test_a_held_out_pair_that_a_trained_section_also_has_is_unused() -> None:
+    held, trained = sections_by_share()
+    quote = "The gearbox of the old machine needs four grams of clean winter oil for each year of work."
+    known = evolve(pair(trained, 0, 1, "d"), quote=quote)
+    kept, *overlapping = [
+        pair(held, 1, 1, "e"),
+        evolve(pair(held, 2, 1, "e"), cluster=known.cluster),
+        evolve(pair(held, 3, 1, "e"), quote=quote.replace(" ", "\n")),
+        evolve(pair(held, 4, 1, "e"), quote=quote.replace("work", "service")),  # 15 of 17 word triples
+        evolve(pair(held, 5, 1, "e"), question=known.question.upper()),
+    ]
+    parts = part([known, kept, *overlapping], SPLIT)
+    assert (parts.train, parts.held_out, parts.unused) == ([known], [kept], {"held-out-overlap": overlapping})
+
+
+def of_documents(*sizes: int) -> list[Pair]:
+    """A trained pair for each fact of documents of such sizes; the similarity falls with the fact's number."""
+    return [
+        evolve(pair(f"d{document}-s", fact, 1, f"d{document}"), similarity=1 - fact / 1000)
+        for document, size in enumerate(sizes)
+        for fact in range(size)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "share", "kept"),
+    [
+        ((90, 20, 10), 0.5, [30, 20, 10]),  # 30 of 60
+        ((90, 20, 10), 0.4, [20, 20, 10]),  # 20 of 50; a 21st would be 21 of 51, above 0.4
+        ((90, 20, 10), 0.75, [90, 20, 10]),
+        ((90, 20, 10), 0.3, [90, 20, 10]),  # three documents cannot all stay below a third
+        ((90,), 0.5, [90]),
+        ((90, 10), 0.5, [10, 10]),
+    ],
+)
+def test_a_document_gives_at_most_its_share_of_the_trained_pairs(sizes: tuple[int, ...], share: float, kept: list[int]) -> None:
+    parts = part(of_documents(*sizes), msgspec.structs.replace(ALL_TRAINED, max_document_share=share))
+    by_document = [[one for one in parts.train if one.document_id == f"d{number}"] for number in range(len(sizes))]
+    assert [len(found) for found in by_document] == kept
+    assert len(parts.unused.get("document-share", [])) == sum(sizes) - sum(kept)
+    assert {one.similarity for one in by_document[0]} == {1 - fact / 1000 for fact in range(kept[0])}
+
+
+def test_a_question_whose_fact_is_no_longer_trained_is_unused() -> None:
+    weak = [evolve(pair("d0-s", 99, wording, "d0"), similarity=0.1) for wording in (1, 2)]
+    parts = part([*of_documents(30, 10), *weak], msgspec.structs.replace(ALL_TRAINED, max_document_share=0.5))
+    assert len(parts.train) == 20 and not parts.recall
+    assert {reason: len(found) for reason, found in parts.unused.items()} == {"document-share": 21, "fact-untrained": 1}
+    assert parts.unused["fact-untrained"] == [weak[1]]
+
+
+# planted leaks: what `part` would do with a bug in it
+
+
+def leak_of(name: str, parts: Parts) -> Parts:
+    """`parts` with a leak in them."""
+    one, asked = parts.train[0], parts.recall[0]
+    if name == "recall":
+        return msgspec.structs.replace(parts, recall=[evolve(asked, question=f"{one.question.upper()} ")])
+    if name == "dev":
+        return msgspec.structs.replace(parts, dev=[evolve(parts.dev[0], question=one.question)])
+    if name == "held out":
+        return msgspec.structs.replace(parts, held_out=[evolve(parts.held_out[0], question=one.question)])
+    if name == "section":
+        return msgspec.structs.replace(parts, train=[*parts.train, *parts.unused["held-out-surplus"][:1]])
+    if name == "document":
+        others = [pair for pair in parts.train if pair.document_id != "d0"][:3]
+        return msgspec.structs.replace(parts, train=[pair for pair in parts.train if pair.document_id == "d0"] + others)
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("leak", "rule"),
+    [
+        ("recall", "question-trained failed for 1 rows"),
+        ("dev", "question-trained failed for 1 rows"),
+        ("held out", "question-trained failed for 1 rows"),
+        ("section", "held-out-section-trained failed for"),
+        ("document", "document-above-share failed for"),
+    ],
+)
+def test_a_leak_in_the_parts_fails_the_stage_by_the_rules_name(
+    leak: str, rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaky = leak_of(leak, part(corpus(), SPLIT))
+    monkeypatch.setattr("stages.split.part", lambda pairs, split: leaky)
+    with pytest.raises(LimitBroken, match=f"the critical rule {rule}"):
+        outputs(tmp_path, corpus(), SPLIT)
+    assert not list(tmp_path.glob("*.json")) and [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_question_with_a_near_duplicate_in_training_fails_the_stage(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = part(corpus(), SPLIT)
+    asked = getattr(parts, name)[0]
+    monkeypatch.setattr("stages.split.part", lambda pairs, split: parts)
+    clustered = [evolve(one, cluster=asked.id) if one == parts.train[-1] else one for one in corpus()]
+    with pytest.raises(LimitBroken, match=r"the critical rule near-duplicate-trained failed for 1 rows, first \w{16}: "):
+        outputs(tmp_path, clustered, SPLIT)
+    assert not (tmp_path / "train.jsonl").exists()
+
+
+def test_pairs_with_planted_leaks_are_parted_so_that_no_rule_fails(tmp_path: Path) -> None:
+    pairs = corpus()
+    pairs = [evolve(one, cluster=pairs[number - number % 7].cluster) for number, one in enumerate(pairs)]
+    pairs = [evolve(one, question=pairs[number - 3].question) if number % 40 == 39 else one for number, one in enumerate(pairs)]
+    train, _, questions, metrics = outputs(tmp_path, pairs, SPLIT)
+    assert train and {"recall", "held_out"} == {question.set for question in questions}
+    assert metrics["unused_by_reason"]["held-out-overlap"] > 0 and metrics["unused_by_reason"]["like-a-question"] > 0
+    assert metrics["pairs"] == 200 == sum(metrics[name] for name in ("train", *ASKED, "unused"))
+    assert metrics["unused"] == sum(metrics["unused_by_reason"].values())
