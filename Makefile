@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo repro test lint types doctor chat serve ui promote profile lock clean
+.PHONY: help setup demo repro test lint types browser doctor review chat serve ui promote profile lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,8 +29,14 @@ demo: repro  ## the whole pipeline on the bundled docs, and its scores
 repro: $(READY)  ## dvc repro: what changed since the last run
 	dvc repro
 
-test: $(READY)  ## the tests, a real run of the pipeline included
+test: $(READY) browser  ## the tests, a real run of the pipeline included
 	python -m pytest
+
+browser:  ## a Chromium for the tests of the review page, where there is none
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+		as_root=$$([ "$$(id -u)" = 0 ] || echo "sudo -n"); \
+		$$as_root apt-get update -qq && $$as_root apt-get install -y -qq --no-install-recommends chromium >/dev/null || { \
+		echo "make browser: apt-get could not install chromium; install Chromium or Chrome so that chromium or google-chrome is on the PATH" >&2; exit 1; }; }
 
 lint: $(READY)  ## ruff: rules and format
 	ruff check .
@@ -41,6 +47,9 @@ types: $(READY)  ## mypy over the stages
 
 doctor: $(READY)  ## what this machine can run, and which profile fits
 	@python -m stages.doctor
+
+review: $(READY)  ## accept, edit and reject pairs on 127.0.0.1:5002
+	@python -m stages.review
 
 chat: $(READY)  ## talk to the model in the terminal
 	@python -m stages.chat
@@ -65,5 +74,5 @@ lock: $(READY)  ## pin the newest packages that fit together, for both profiles
 	sed -i 's/^torch==\(.*\)+cpu$$/torch==\1/' requirements/cpu.txt
 	$(UV_COMPILE) --extra gpu --extra dev --override requirements/leave-out-gpu.txt --python-platform x86_64-unknown-linux-gnu --output-file requirements/gpu.txt
 
-clean:  ## remove the virtual environment and what the stages wrote; DVC's cache stays
-	rm -rf $(VENV) data/* models/* reports/data_docs
+clean:  ## remove the virtual environment and what the stages wrote; what people wrote and DVC's cache stay
+	@git clean -ffdXq -- $(VENV) data models reports/data_docs

