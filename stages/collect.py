@@ -42,19 +42,21 @@ SUFFIX_OF_CONTENT_TYPE = {
 
 
 class LocalSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A folder or a file on this machine."""
+    """A folder or a file on this machine. `license`: an SPDX identifier or words, for the dataset card; the owner's word for it."""
 
     path: str
+    license: str = ""
 
 
 class RemoteSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A git repository at a revision (`path`: the folder or file in it), one page, or the pages of a sitemap."""
+    """A git repository at a revision (`path`: the folder or file in it), one page, or the pages of a sitemap. `license`: as above."""
 
     git: str = ""
     revision: str = ""
     path: str = ""
     url: str = ""
     sitemap: str = ""
+    license: str = ""
 
     def __post_init__(self) -> None:
         if sum(map(bool, (self.git, self.url, self.sitemap))) != 1:

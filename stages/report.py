@@ -6,9 +6,7 @@ give the same bytes; no model runs, it takes a few seconds.
 
 import base64
 import csv
-import html
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,26 +15,38 @@ from typing import Any, TypeVar
 import msgspec
 
 from stages.files import new_file, sha256_of_file, write_text
+from stages.pages import MAX_CELL, NOT_MEASURED, Row, counted, dig, measured, read_figures, rule_rows, template
 from stages.params import Count
 from stages.program import BadInput, BadParams, LimitBroken, run, say
-from stages.records import Answer, Coverage, Document, Question, Rejected, Score, by_id, read_records
+from stages.records import Answer, Coverage, Document, Finding, Question, Rejected, Score, by_id, read_records
 from stages.scoreboard import COLUMNS, Interval, Scoreboard, figure, in_order, read_scoreboard, score_rows
 from stages.verdict import Gates, judge
 
 MAX_CHARACTERS = 65_536  # GitHub's limit for one comment
-MAX_ANSWER = 700  # characters of one text in report.md; report.html shows all of it
-MAX_PARAMS = 16_000
 MAX_SOURCES = 20
+MAX_PATHS = 5  # of the documents with one kind of finding
 REJECTED_EXAMPLES = 5
 UNCOVERED_EXAMPLES = 10
-LINEAGE = ("documents", "chunks", "candidates", "pairs", "rejected", "coverage", "train", "dev", "questions", "scores")
-NOT_MEASURED = "not measured"
+SUITE = Path(__file__).with_name("validate_suite.yaml")
+LINEAGE = (
+    "documents",
+    "chunks",
+    "findings",
+    "candidates",
+    "measurements",
+    "pairs",
+    "rejected",
+    "coverage",
+    "train",
+    "dev",
+    "questions",
+    "scores",
+)
 SETS = {
     "recall": ("Recall", "New wordings of facts that were trained: does the model know the documentation?"),
     "held_out": ("Held-out sections", "Sections that were never trained: what does the model say about what it cannot know?"),
 }
 Item = TypeVar("Item")
-Row = tuple[str, ...]
 
 
 class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,18 +83,6 @@ def answers_to(question: Question, answers: dict[tuple[str, str], Answer], score
     return {"set": SETS[question.set][0], "question": question.question, "rows": rows}
 
 
-def dig(values: Any, *keys: str) -> Any:
-    """What lies in nested dicts under `keys`, or None."""
-    for key in keys:
-        values = values.get(key) if isinstance(values, dict) else None
-    return values
-
-
-def measured(value: Any, form: str = "{}") -> str:
-    """`value` in `form`, or `not measured`: a missing figure must not read as 0."""
-    return NOT_MEASURED if value is None or value == "" else form.format(value)
-
-
 def duration(seconds: float | None) -> str:
     """As `1 h 2 min`, `12 min 5 s` or `5.2 s`."""
     if seconds is None:
@@ -115,9 +113,29 @@ def run_rows(train: dict[str, Any], export: dict[str, Any], answer: dict[str, An
     return rows
 
 
-def counted(counts: dict[str, int] | None) -> str:
-    """`counts` in words, most first: `factual 188, conceptual 82`."""
-    return measured(", ".join(f"{name} {count:,}" for name, count in Counter(counts or {}).most_common()))
+def quality_rows(ingest: dict[str, Any], measure: dict[str, Any], validate: dict[str, Any], split: dict[str, Any]) -> list[Row]:
+    """What was found in documents and pairs besides broken rules, what people decided, and which pairs nobody trains on."""
+    return [
+        ("Findings in the documents", counted(dig(ingest, "findings"))),
+        ("Candidates with a secret", measured(dig(measure, "with_secrets"), "{:,}")),
+        ("Candidates with personal data", measured(dig(measure, "with_personal_data"), "{:,}")),
+        ("Clusters of like candidates", measured(dig(measure, "clusters"), "{:,}")),
+        ("Candidates in the largest cluster", measured(dig(measure, "largest_cluster"), "{:,}")),
+        *[(f"Review: {name}", measured(dig(validate, "review", name), "{:,}")) for name in ("accepted", "edited", "rejected")],
+        ("Review: evidence no longer there", measured(dig(validate, "review", "stale"), "{:,}")),
+        ("Pairs not used", measured(dig(split, "unused"), "{:,}")),
+        ("Why not used", counted(dig(split, "unused_by_reason"))),
+    ]
+
+
+def finding_rows(findings: Sequence[Finding]) -> list[Row]:
+    """A row per kind of finding: kind, how many, in which files. What was found is not shown."""
+    rows: list[Row] = []
+    for kind, count in sorted(Counter(one.kind for one in findings).items()):
+        paths = sorted({f"{one.source}/{one.path}" for one in findings if one.kind == kind})
+        more = [f"and {len(paths) - MAX_PATHS} more"] if len(paths) > MAX_PATHS else []
+        rows.append((kind, f"{count:,}", ", ".join(paths[:MAX_PATHS] + more)))
+    return rows
 
 
 def uncovered_rows(sections: Sequence[Coverage]) -> list[Row]:
@@ -132,29 +150,6 @@ def source_rows(documents: Sequence[Document]) -> list[Row]:
     rows: list[Row] = [(source, str(count), revision or "files without a revision") for (source, revision), count in counts]
     left_out = rows[MAX_SOURCES:]
     return rows[:MAX_SOURCES] + ([(f"and {len(left_out)} more", "", "")] if left_out else [])
-
-
-def escaped(text: str) -> str:
-    """`text` of a model for a cell of a Markdown table: no markup, no line break, no mention or issue link on GitHub."""
-    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", inert(text))
-
-
-def inert(text: str) -> str:
-    """As `escaped`, for inside an HTML element of a Markdown file, where a backslash would be shown."""
-    return re.sub(r"([@#])", "\\1\u200b", html.escape(" ".join(text.split()), quote=False))
-
-
-def clipped(text: str, limit: int) -> str:
-    """The first `limit` characters of `text`, and how many are missing where it is longer."""
-    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit:,} more characters)"
-
-
-def fenced(text: str) -> str:
-    """`text` as a YAML code block with a fence longer than any in it, cut with a line that says so after MAX_PARAMS characters."""
-    if len(text) > MAX_PARAMS:
-        text = text[:MAX_PARAMS].rpartition("\n")[0] + "\n# … the rest is in params.yaml\n"
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}yaml\n{text.rstrip()}\n{fence}"
 
 
 def in_one_comment(template: Any, context: dict[str, Any]) -> str:
@@ -251,10 +246,6 @@ def _image(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def _figures(path: Path) -> dict[str, Any]:
-    return msgspec.json.decode(path.read_bytes(), type=dict[str, Any]) if path.is_file() else {}
-
-
 def _lineage(data: Path) -> list[Row]:
     paths = [data / f"{name}.jsonl" for name in LINEAGE] + sorted((data / "answers").glob("*.jsonl"))
     return [
@@ -262,21 +253,6 @@ def _lineage(data: Path) -> list[Row]:
         for path in paths
         if path.is_file()
     ]
-
-
-def _template(name: str) -> Any:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=name.startswith("report.html"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"escaped": escaped, "inert": inert, "clipped": clipped, "fenced": fenced}
-    return environment.get_template(name)
 
 
 def main(
@@ -299,8 +275,9 @@ def main(
     if not served:
         raise BadParams(f"{params}: export.serve is missing; it names the quant that is shipped, as q8_0")
     board = read_scoreboard(metrics / "evaluate.json")
-    train, export, answer, validate, coverage, judged = (
-        _figures(metrics / f"{name}.json") for name in ("train", "export", "answer", "validate", "coverage", "judge")
+    ingest, measure, judged, validate, coverage, split, train, export, answer = (
+        read_figures(metrics / f"{name}.json")
+        for name in ("ingest", "measure", "judge", "validate", "coverage", "split", "train", "export", "answer")
     )
     questions = read_records(data / "questions.jsonl", Question)
     said = [one for path in sorted((data / "answers").glob("*.jsonl")) for one in read_records(path, Answer)]
@@ -325,7 +302,9 @@ def main(
         ],
         "counts": [measured(dig(validate, name), "{:,}") for name in ("candidates", "pairs", "rejected")],
         "judge": ("used" if dig(judged, "used") else "not used", measured(dig(judged, "why"))),
-        "by_rule": [(rule, f"{count:,}") for rule, count in Counter(dig(validate, "by_rule") or {}).most_common() if count],
+        "by_rule": rule_rows(SUITE, (dig(validate, "by_rule") or {}) | (dig(validate, "flagged") or {})),
+        "quality": quality_rows(ingest, measure, validate, split),
+        "findings": finding_rows(read_records(data / "findings.jsonl", Finding)),
         "rejected": [(", ".join(one.rules), one.question, one.answer) for one in spread(rejected, REJECTED_EXAMPLES)],
         "covered": [
             measured(dig(coverage, name), form) for name, form in (("sections", "{:,}"), ("covered", "{:,}"), ("share", "{:.1%}"))
@@ -346,14 +325,14 @@ def main(
             ("Chat template and system prompt, SHA-256", measured(dig(export, "chat_sha256") or dig(train, "chat_sha256"))),
         ],
         "params": params.read_text(encoding="utf-8"),
-        "max_answer": MAX_ANSWER,
+        "max_cell": MAX_CELL,
         "max_characters": f"{MAX_CHARACTERS:,}",
     }
     shown = {"scores": scores_picture, "loss": loss_picture, "coverage": coverage_picture}
     pictures = {name: Path(os.path.relpath(path, markdown.parent)).as_posix() for name, path in shown.items()}
-    write_text(markdown, in_one_comment(_template("report.md.jinja"), context | {"pictures": pictures}))
+    write_text(markdown, in_one_comment(template("report.md.jinja"), context | {"pictures": pictures}))
     images = {name: _image(path) for name, path in shown.items()}
-    write_text(page, _template("report.html.jinja").render(context | {"pictures": images}))
+    write_text(page, template("report.html.jinja").render(context | {"pictures": images}))
     verdict = context["verdict"]
     say(f"report: {verdict.outcome}: {verdict.reason}")
     say(f"report: {markdown} and {page}")

@@ -1,4 +1,4 @@
-"""bench/generation.py: what it writes, and that its peer is counted as it should be. The measurements themselves are not repeated here."""
+"""bench: what it writes, and that a peer is counted as it should be. The measurements themselves are not repeated here."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from fake_endpoint import FakeEndpoint
 
-from bench.generation import HEADING, add_rows, of_the_kit, row, with_section
+from bench.generation import HEADING, of_the_kit
+from bench.rows import add_rows, row, with_section
 from stages.llm import Endpoint
 
 PAIRS = [

@@ -5,6 +5,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import json
 import os
 import subprocess
 import sys
@@ -159,6 +160,19 @@ def test_a_remote_is_exactly_one_of_three_kinds(remote_yaml: str, message: str, 
     (tmp_path / "params.yaml").write_text(f"collect:\n  sources: {{}}\n  remotes:\n    docs: {remote_yaml}\n")
     with pytest.raises(BadParams, match=message):
         read_section("collect", Params, tmp_path / "params.yaml")
+
+
+def test_a_licence_may_be_stated_for_any_source_and_changes_no_snapshot(docs: Path, tmp_path: Path) -> None:
+    sources = {"docs": {"path": str(docs), "license": "MIT"}}
+    remotes = {"site": {"url": "http://a", "license": "CC-BY-4.0"}}
+    text = json.dumps({"collect": {"sources": sources, "remotes": remotes}})
+    (tmp_path / "params.yaml").write_text(text)
+    params = read_section("collect", Params, tmp_path / "params.yaml")
+    assert (params.sources["docs"].license, params.remotes["site"].license) == ("MIT", "CC-BY-4.0")
+    collect.main("docs", tmp_path / "out", collect=params)
+    collect.main("docs", tmp_path / "unstated", collect=local(docs))
+    assert local(docs).sources["docs"].license == ""
+    assert (tmp_path / "out/manifest.jsonl").read_bytes() == (tmp_path / "unstated/manifest.jsonl").read_bytes()
 
 
 def git(*arguments: str, cwd: Path) -> str:

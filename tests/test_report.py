@@ -7,9 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from stages.pages import NOT_MEASURED
 from stages.program import BadInput, BadParams, LimitBroken
-from stages.records import Answer, Coverage, Document, Question, Rejected, Score, content_id, write_records
-from stages.report import MAX_CHARACTERS, NOT_MEASURED, Params, clipped, duration, escaped, fenced, main, run_rows, spread
+from stages.records import Answer, Coverage, Document, Finding, Question, Rejected, Score, content_id, write_records
+from stages.report import MAX_CHARACTERS, Params, duration, finding_rows, main, run_rows, spread
 from stages.scoreboard import Interval, Scoreboard, SetScores, SystemScores
 from stages.verdict import Gates
 
@@ -28,8 +29,13 @@ METRICS: dict[str, dict[str, Any]] = {
         "candidates": 1234,
         "pairs": 456,
         "rejected": 778,
-        "by_rule": {"quote_in_chunk": 700, "too_short": 90, "unused": 0},
+        "by_rule": {"answer-too-short": 90, "holds-personal-data": 0, "id-repeats": 0, "quote-not-in-chunk": 700},
+        "flagged": {"holds-personal-data": 8},
+        "review": {"accepted": 31, "edited": 12, "rejected": 5, "stale": 2},
     },
+    "ingest": {"findings": {"hidden-text": 1, "secret": 0, "personal-data": 2}},
+    "measure": {"clusters": 1100, "largest_cluster": 7, "with_secrets": 3, "with_personal_data": 8},
+    "split": {"unused": 41, "unused_by_reason": {"leak-margin": 40, "held-out-limit": 1}},
     "coverage": {
         "sections": 1250,
         "covered": 1237,
@@ -88,8 +94,11 @@ def write_run(folder: Path, reply: str = "It listens on port 5000.", questions: 
     for system in MEANS:
         write_records(data / f"answers/{system}.jsonl", [answer for answer in answers if answer.system == system])
     write_records(data / "scores.jsonl", scores)
-    broken = {"chunk_id": "c1", "question": "Port?", "answer": reply, "quote": "", "rules": ("quote_in_chunk", "too_short")}
-    write_records(data / "rejected.jsonl", [Rejected(id=f"r{number:02}", **broken) for number in range(20)])
+    broken = {"chunk_id": "c1", "section_id": "s1", "question": "Port?", "answer": reply, "quote": "", "type": "factual"}
+    rules = ("quote-not-in-chunk", "answer-too-short")
+    lost = [Rejected(id=f"r{number:02}", similarity=0.5, rules=rules, waivable=True, **broken) for number in range(20)]
+    write_records(data / "rejected.jsonl", lost)
+    write_records(data / "findings.jsonl", [finding("hidden-text", 0), finding("personal-data", 1), finding("personal-data", 0)])
     write_records(data / "coverage.jsonl", [section(number) for number in range(15)])
     (folder / "reports").mkdir(exist_ok=True)
     (folder / "reports/coverage.png").write_bytes(b"\x89PNG of the map")
@@ -112,6 +121,11 @@ def write_run(folder: Path, reply: str = "It listens on port 5000.", questions: 
         folder / "reports/coverage.png",
         *(folder / "reports" / name for name in written),
     ]
+
+
+def finding(kind: Any, page: int) -> Finding:
+    place: dict[str, Any] = {"parent_id": f"d{page}", "source": "handbook", "path": f"page{page}.md", "start": 3, "end": 9}
+    return Finding(id=content_id(kind, page), kind=kind, rule="email", shown="what-was-found", **place)
 
 
 def section(number: int) -> Coverage:
@@ -144,13 +158,45 @@ def test_the_report_opens_with_the_verdict_and_shows_scores_rejections_figures_a
     ]
     assert "| q4\\_k\\_m | 3 | 0 | 0.431" in markdown
     assert "Of 1,234 candidates 456 became pairs and 778 were rejected." in markdown
-    assert "| quote\\_in\\_chunk | 700 |\n| too\\_short | 90 |\n\n" in markdown and "unused" not in markdown
-    assert markdown.count("| quote\\_in\\_chunk, too\\_short | Port? |") == 5
+    assert markdown.count("| quote-not-in-chunk, answer-too-short | Port? |") == 5
     assert "| Training time | 12 min 34 s |" in markdown and "| Size of docsmith-q8\\_0.gguf | 144.8 MB |" in markdown
     assert "| handbook | 7 | files without a revision |" in markdown and "| documents.jsonl | 7 | " in markdown
     assert "````yaml\nmodels: {base" in markdown and "![Scores by system with intervals](scores.png)" in markdown
-    for text in ("Docsmith: promote", "0.781 [0.741 to 0.821]", "144.8 MB", "quote_in_chunk, too_short"):
+    for text in ("Docsmith: promote", "0.781 [0.741 to 0.821]", "144.8 MB", "quote-not-in-chunk, answer-too-short"):
         assert text in page
+
+
+def test_broken_rules_are_shown_with_severity_and_reason_and_the_others_are_not(tmp_path: Path) -> None:
+    markdown, page = write_report(write_run(tmp_path))
+    rows = re.findall(r"^\| ([\w-]+) \| (warning|info|critical) \| (\d+) \| (.+) \|$", markdown, flags=re.M)
+    assert [row[:3] for row in rows] == [
+        ("quote-not-in-chunk", "warning", "700"),
+        ("answer-too-short", "warning", "90"),
+        ("holds-personal-data", "info", "8"),
+    ]
+    assert rows[1][3] == "fewer than 20 characters explain nothing"
+    assert "<td>answer-too-short</td><td>warning</td><td>90</td><td>fewer than 20 characters explain nothing</td>" in page
+
+
+def test_findings_reviews_and_unused_pairs_are_counted_and_what_was_found_is_never_shown(tmp_path: Path) -> None:
+    markdown, page = write_report(write_run(tmp_path))
+    figures = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", markdown.split("## Data quality")[1].split("\n## ")[0], flags=re.M))
+    assert figures["Findings in the documents"] == "personal-data 2, hidden-text 1"
+    assert (figures["Clusters of like candidates"], figures["Candidates in the largest cluster"]) == ("1,100", "7")
+    assert (figures["Candidates with a secret"], figures["Candidates with personal data"]) == ("3", "8")
+    assert [figures[f"Review: {name}"] for name in ("accepted", "edited", "rejected")] == ["31", "12", "5"]
+    assert figures["Review: evidence no longer there"] == "2"
+    assert (figures["Pairs not used"], figures["Why not used"]) == ("41", "leak-margin 40, held-out-limit 1")
+    assert "| personal-data | 2 | handbook/page0.md, handbook/page1.md |" in markdown
+    assert "<td>hidden-text</td><td>1</td><td>handbook/page0.md</td>" in page
+    assert "what-was-found" not in markdown + page and "| findings.jsonl | 3 | " in markdown
+
+
+def test_many_files_with_one_kind_of_finding_are_counted_beyond_the_first() -> None:
+    assert finding_rows([finding("secret", number) for number in range(7)]) == [
+        ("secret", "7", ", ".join(f"handbook/page{number}.md" for number in range(5)) + ", and 2 more")
+    ]
+    assert finding_rows([]) == []
 
 
 def test_the_report_says_whether_a_judge_was_used_and_why(tmp_path: Path) -> None:
@@ -198,6 +244,14 @@ def test_a_figure_that_is_missing_reads_as_not_measured_and_never_as_zero(tmp_pa
     for name in METRICS:
         (paths[1] / f"{name}.json").unlink()
     markdown, _ = write_report(paths)
+    for name in (
+        "Findings in the documents",
+        "Clusters of like candidates",
+        "Review: accepted",
+        "Pairs not used",
+        "Why not used",
+    ):
+        assert f"| {name} | not measured |" in markdown
     assert "Of not measured candidates" in markdown and "| Training time | not measured |" in markdown
     assert "Of not measured sections not measured have a pair (not measured). Pairs by type: not measured." in markdown
 
@@ -217,7 +271,7 @@ def test_one_section_and_no_held_out_questions_are_said_in_words(tmp_path: Path)
     assert markdown.startswith("# Docsmith: not enough evidence\n")
     assert (
         "Questions come from 1 section, so there are no intervals." in markdown
-        and "Held-out sections" not in page.split("Rejected")[0]
+        and "Held-out sections" not in page.split("Data quality")[0]
     )
     assert "| base | 6 | 0 | 0.500 | 0.250 |  |  |" in markdown
 
@@ -300,12 +354,6 @@ def test_params_that_ship_no_file_are_refused(tmp_path: Path) -> None:
     paths[3].write_text("models: {base: x}\n")
     with pytest.raises(BadParams, match=r"export.serve is missing"):
         write_report(paths)
-
-
-def test_text_is_escaped_clipped_and_fenced_as_markdown_needs() -> None:
-    assert escaped("a_b [c] $d$ ~e~ \\f\ng") == "a\\_b \\[c\\] \\$d\\$ \\~e\\~ \\\\f g"
-    assert clipped("abcdef", 4) == "abcd … (2 more characters)" and clipped("abcd", 4) == "abcd"
-    assert fenced("a\n```\n") == "````yaml\na\n```\n````"
 
 
 def test_durations_read_as_people_say_them() -> None:
