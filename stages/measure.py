@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from stages.decisions import with_decisions
+from stages.evidence import words
 from stages.files import write_json
 from stages.likeness import clusters
 from stages.models import embedding, load_cross_encoder
@@ -46,6 +47,12 @@ def languages(texts: Sequence[str]) -> list[str]:
     return [known[text] for text in texts]
 
 
+def share_of_words(answer: str, quote: str) -> float:
+    """The share of the different words of `answer` that `quote` has: a short answer may lie far from its quote and still be in it."""
+    said = set(words(answer).split())
+    return len(said & set(words(quote).split())) / len(said) if said else 0.0
+
+
 def entailed(pairs: Sequence[tuple[str, str]], reference: str) -> list[float]:
     """The probability of each (evidence, answer) that the one entails the other, by the cross-encoder `reference`. Raises BadModelFile."""
     model = load_cross_encoder(reference)
@@ -74,11 +81,17 @@ def main(
     if measure.nli:
         entailment = entailed([(claim.quote, claim.answer) for claim in claims], measure.nli)
     else:
-        entailment = [float(cosine) for cosine in (answers * quotes).sum(1)]
+        shared = [share_of_words(claim.answer, claim.quote) for claim in claims]
+        entailment = [max(float(cosine), share) for cosine, share in zip((answers * quotes).sum(1), shared, strict=True)]
     questions = [claim.question for claim in claims]
     alike = clusters(questions, [claim.answer for claim in claims], embed(questions), answers, measure.min_cosine)
-    spoken = languages([f"{claim.question} {claim.answer}" for claim in claims])
     written = languages([chunk_by_id[claim.chunk_id].text for claim in claims])
+    asked, told = languages(questions), languages([claim.answer for claim in claims])
+    both = languages([f"{claim.question} {claim.answer}" for claim in claims])
+    spoken = [
+        next((one for one in some if one not in ("", source)), some[-1])
+        for *some, source in zip(asked, told, both, written, strict=True)
+    ]
     texts = [f"{claim.question}\n{claim.answer}\n{claim.quote}" for claim in claims]
     found = [
         Measurement(

@@ -20,7 +20,7 @@ from stages.files import write_json
 from stages.likeness import joined, near_duplicates
 from stages.params import Count, Share
 from stages.program import LimitBroken, run, say
-from stages.records import Example, Message, Pair, Question, by_id, content_id, evolve, read_records, write_records
+from stages.records import Example, Message, Pair, Question, by_id, content_id, read_records, write_records
 from stages.rules import checking, read_rules
 
 SUITE = Path(__file__).with_name("split_suite.yaml")
@@ -116,15 +116,16 @@ def unlike_the_rest(pairs: Sequence[Pair], groups: Mapping[str, int]) -> list[Pa
     A fact whose wordings are all in one group, or in groups with other facts, has none.
     """
     facts: dict[str, list[Pair]] = defaultdict(list)
-    members: dict[int, list[Pair]] = defaultdict(list)
+    owners: dict[int, list[str]] = defaultdict(list)
     for pair in pairs:
         facts[pair.fact_id].append(pair)
-        members[groups[pair.id]].append(pair)
+        owners[groups[pair.id]].append(pair.fact_id)
+    shared = {group for group, fact_ids in owners.items() if len(set(fact_ids)) > 1}
     found = []
-    for fact, wordings in facts.items():
-        own = [pair for pair in wordings if all(member.fact_id == fact for member in members[groups[pair.id]])]
+    for wordings in facts.values():
+        own = [pair for pair in wordings if groups[pair.id] not in shared]
         if own and len({groups[pair.id] for pair in wordings}) > 1:
-            found.append(min(reversed(own), key=lambda pair: len(members[groups[pair.id]])))
+            found.append(min(reversed(own), key=lambda pair: len(owners[groups[pair.id]])))
     return found
 
 
@@ -219,10 +220,10 @@ def main(pairs: Path, train: Path, dev: Path, questions: Path, metrics: Path, *,
             "add documents, or raise generate.wordings or generate.pairs_per_chunk"
         )
     examples = conversations(parts.train, split)
-    watched = conversations(parts.dev, evolve(split, multi_turn_share=0.0))
+    watched = conversations(parts.dev, msgspec.structs.replace(split, multi_turn_share=0.0))
     asked = [question_of(pair, "recall") for pair in parts.recall] + [question_of(pair, "held_out") for pair in parts.held_out]
     documents = len({pair.document_id for pair in parts.train})
-    rules = read_rules(SUITE, split=evolve(split, max_document_share=allowed_share(documents, split)))
+    rules = read_rules(SUITE, split=msgspec.structs.replace(split, max_document_share=allowed_share(documents, split)))
     with tempfile.TemporaryDirectory() as unread, checking(Path(unread)) as check:
         check("split", table(examples, watched, asked, by_id(every)), rules)
     write_records(train, examples)

@@ -36,18 +36,19 @@ from stages.screening import instructions_in, redacted, secrets_in
 SUITE = Path(__file__).with_name("validate_suite.yaml")
 PROMPTS = Path(__file__).parent / "recipes" / "prompts.yaml"
 
-CODE = re.compile(r"```.*?(?:```|$)|`[^`\n]+`", re.DOTALL)
+FENCED = re.compile(r"```.*?(?:```|$)", re.DOTALL)
+CODE = re.compile(rf"{FENCED.pattern}|`[^`\n]+`", re.DOTALL)
 TAG = r"(?:a|b|i|u|p|br|hr|em|li|ol|ul|td|th|tr|div|img|pre|sub|sup|svg|code|span|table|thead|tbody|strong|script|style|iframe|details|summary|h[1-6])"
 MARKUP = re.compile(
-    rf"</?{TAG}(?:\s[^>]*)?/?>|&(?:[a-z]{{2,8}}|#\d+);|\]\(|!\[|\{{\{{|\{{%|^\s*\|.*\|\s*$|^#{{1,6}} |^:::|^\s*\.\. \w+::",
+    rf"</?{TAG}(?:\s[^>]*)?/?>|</\w+>|<\w+\s+[\w:-]+=[^>]*>|&(?:[a-z]{{2,8}}|#\d+);|\]\(|!\[|\{{\{{|\{{%|^\s*\|.*\|\s*$|^#{{1,6}} |^:::|^\s*\.\. \w+::",
     re.IGNORECASE | re.MULTILINE,
 )
 LOOP = re.compile(r"\b(\w+(?:\W+\w+){0,9}?)(?:\W+\1\b){2,}", re.IGNORECASE)
-URL = re.compile(r"https?://[^\s<>()\[\]`'\"]*[\w/]")
+URL = re.compile(r"(?:https?://|www\.)[^\s<>()\[\]`'\"]*[\w/]")
 NUMBER = re.compile(r"(?<![\w.,-])\d+(?:[.,]\d+)*(?![\w-]*[A-Za-z_])")  # not part of a name
 FLAG = re.compile(r"(?<![\w-])-{1,2}[A-Za-z][\w-]*")
 FILE_NAME = re.compile(
-    r"(?<![\w/.@-])[\w./~-]*\w\.(?:py|js|ts|go|rs|sh|md|txt|rst|csv|tsv|sql|log|lock|cfg|ini|env|conf|toml|yaml|yml|json|jsonl|xml|html|css|pdf|docx|ipynb|png|jpg|svg|gz|zip|tar|exe|dll|so|jar|war|java|c|h|cpp|gguf|safetensors|bin|db|sqlite|parquet|pem|key|crt)\b"
+    r"(?<![\w/.@-])[\w./~-]*\w\.(?:py|js|ts|go|rs|sh|md|txt|rst|csv|tsv|sql|log|lock|cfg|ini|env|conf|toml|yaml|yml|json|jsonl|xml|html|css|pdf|docx|ipynb|png|jpg|svg|gz|zip|tar|exe|dll|so|jar|war|whl|deb|rpm|tgz|bat|ps1|tf|xlsx|service|properties|java|c|h|cpp|gguf|safetensors|bin|db|sqlite|parquet|pem|key|crt)\b"
 )
 NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve"
 
@@ -78,10 +79,15 @@ def invented(answer: str, source: str) -> dict[str, bool]:
 
 
 def loops(text: str) -> bool:
-    """Whether words outside code come three times in a row, or a sentence of at least five words twice."""
+    """Whether words outside code come three times in a row, a line three times, or a sentence of at least five words twice."""
     prose = CODE.sub(" ", text)
-    sentences = [words(sentence) for sentence in re.split(r"(?<=[.!?])\s", prose)]
-    return bool(LOOP.search(prose)) or any(count > 1 and one.count(" ") >= 4 for one, count in Counter(sentences).items())
+    sentences = Counter(words(sentence) for sentence in re.split(r"(?<=[.!?])\s", prose))
+    lines = Counter(words(line) for line in FENCED.sub("", text).split("\n"))
+    return (
+        bool(LOOP.search(prose))
+        or any(count > 1 and one.count(" ") >= 4 for one, count in sentences.items())
+        or any(count > 2 and one for one, count in lines.items())
+    )
 
 
 def table(

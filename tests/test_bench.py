@@ -9,6 +9,7 @@ from fake_endpoint import FakeEndpoint
 
 from bench.generation import HEADING, of_the_kit
 from bench.rows import add_rows, row, with_section
+from bench.validation import by_projection, checked, corpus
 from stages.llm import Endpoint
 
 PAIRS = [
@@ -57,3 +58,9 @@ def test_a_run_of_the_kit_that_takes_too_long_is_ended(tmp_path: Path, monkeypat
         found = of_the_kit(tmp_path / "slow", "A kettle boils a litre.", Endpoint(url=fake.url, model="fake"))
     assert found["pairs"] == 0
     assert round(found["per_min"] * found["seconds"] / 60, 6) == 1
+
+
+def test_every_near_duplicate_that_the_bench_plants_is_found_and_none_is_left_between_questions_and_training() -> None:
+    found = checked(corpus(1600), by_projection)
+    assert found["rows"] == 1608 and found["planted"] == found["found"] == found["flagged"] == 8
+    assert found["left"] == 0 and 0 < found["comparisons"] < 1608**2 / 4

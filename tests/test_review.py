@@ -259,7 +259,10 @@ def test_a_damaged_or_doubled_decision_is_refused_with_its_place_and_stays(tmp_p
     write_records(path, [decision_of(SETUP)])
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"verdict": "acce\n')
-    with pytest.raises(BadRecord, match=r"review.jsonl:2: not a Decision: .* Nothing was overwritten; mend that line, or take the file back from git"):
+    with pytest.raises(
+        BadRecord,
+        match=r"review.jsonl:2: not a Decision: .* Nothing was overwritten; mend that line, or take the file back from git",
+    ):
         decide(path, ROW[PORT.id], said(PORT, "accept"))
     assert path.read_bytes() == whole + b'{"verdict": "acce\n'
     path.write_bytes(whole + whole)

@@ -60,7 +60,7 @@ BAD: dict[str, dict[str, Any]] = {
     "question-too-long": {"question": f"How long should {'really ' * 2}{'good old ' * 32}tea steep?"},
     "question-without-mark": {"question": "Tell me how green tea should steep"},
     "question-repeats-itself": {"question": "How long long long should white tea steep?"},
-    "question-not-self-contained": {"question": "What is it that the leaves need?"},
+    "question-not-self-contained": {"question": "What is it made of, in short?"},
     "question-speaks-of-the-text": {"question": "How long does the passage say that tea steeps?"},
     "answer-speaks-of-the-text": {"question": "How long is mint steeped?", "answer": "For three minutes, as described above."},
     "answer-too-short": {"question": "How long does oolong steep?", "answer": "For three minutes."},

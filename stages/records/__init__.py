@@ -116,8 +116,8 @@ class Judgement(Record):
 class Measurement(Record):
     """What rules need to know of a candidate and is costly to find out. id = the candidate's."""
 
-    entailment: float  # cosine of answer and quote, or the probability that an NLI model gives
-    language: str  # ISO 639-1, of question and answer; "" where it is not certain
+    entailment: float  # cosine of answer and quote or the share of words they share, or the probability that an NLI model gives
+    language: str  # ISO 639-1, of question and answer, or of the one that differs from the source; "" where it is not certain
     source_language: str
     secrets: tuple[str, ...]  # names of what was found in question, answer and quote
     personal_data: tuple[str, ...]
