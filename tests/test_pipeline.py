@@ -17,9 +17,11 @@ STAGES = [
     "chunk",
     "generate",
     "judge",
+    "measure",
     "validate",
     "coverage",
     "split",
+    "dataset",
     "train",
     "export",
     "answer",
@@ -65,6 +67,7 @@ The alarm of the Corso radio starts quietly and grows louder for one minute. To 
 The alarm is a clock of its own, so that it rings during a power cut as well.
 """,
 }
+SECRET = "ghp_" + "Zq7Lw2Xk9Rb4Tn6Vc8Mf3Hd5Js1Py0Ga2Ke"  # of the radio's alarm section
 SETTINGS = {
     "collect": {"sources": {"pages": {"path": "pages"}}},
     "generate": {"pairs_per_chunk": 3, "wordings": 4, "concurrency": 16},
@@ -98,10 +101,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if (REPOSITORY / "models/cache").is_dir():
         shutil.copytree(REPOSITORY / "models/cache", project / "models/cache")
     (project / "data").mkdir()
-    shutil.copy(REPOSITORY / "data/curated.jsonl", project / "data/curated.jsonl")
+    for name in ("curated.jsonl", "review.jsonl"):
+        shutil.copy(REPOSITORY / "data" / name, project / "data" / name)
     for name, text in PAGES.items():
         (project / "pages").mkdir(exist_ok=True)
-        (project / "pages" / name).write_text(text, encoding="utf-8")
+        leak = (
+            f"\nThe alarm of the radio is set from afar with the token {SECRET} of the workshop.\n" if name == "radio.md" else ""
+        )
+        (project / "pages" / name).write_text(text + leak, encoding="utf-8")
     params = yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
     for section, values in SETTINGS.items():
         params[section].update(values)
@@ -150,6 +157,35 @@ def test_every_pair_leads_back_to_the_words_of_its_page(project: Path) -> None:
     for pair in pairs:
         page = (project / "pages" / pair["path"]).read_text(encoding="utf-8")
         assert " ".join(page[pair["quote_start"] : pair["quote_end"]].split()) == pair["quote"]
+
+
+def test_a_secret_of_a_page_is_reported_and_reaches_no_pair_report_or_model_data(project: Path) -> None:
+    assert metrics(project, "ingest")["findings"] == {"secret": 1}
+    after = [
+        "pairs.jsonl",
+        "rejected.jsonl",
+        "train.jsonl",
+        "dev.jsonl",
+        "questions.jsonl",
+        "findings.jsonl",
+        "dataset",
+        "answers",
+    ]
+    paths = [project / "data" / name for name in after] + [project / "reports", project / "models/gguf"]
+    files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
+    assert len(files) > 20
+    assert not [file for file in files if SECRET.encode() in file.read_bytes()]
+
+
+def test_no_question_has_a_near_duplicate_in_training(project: Path) -> None:
+    cluster = {pair["id"]: pair["cluster"] for pair in map(json.loads, (project / "data/pairs.jsonl").open(encoding="utf-8"))}
+    trained = {
+        cluster[name]
+        for row in map(json.loads, (project / "data/train.jsonl").open(encoding="utf-8"))
+        for name in row["pair_ids"]
+    }
+    asked = {cluster[row["pair_id"]] for row in map(json.loads, (project / "data/questions.jsonl").open(encoding="utf-8"))}
+    assert trained and asked and not trained & asked
 
 
 def test_training_lowers_the_loss(project: Path) -> None:
@@ -201,6 +237,20 @@ def test_an_edited_page_is_noticed_and_asks_only_about_what_is_new(project: Path
     reused, asked = _counts(line)
     assert 0 < asked <= before["calls"] / 3  # type: ignore[operator]
     assert reused == metrics(project, "generate")["calls"] - asked  # type: ignore[operator]
+
+
+def test_a_decision_of_a_reviewer_is_applied_by_the_next_repro_without_a_call(project: Path) -> None:
+    from stages.records import Decision, Pair, content_id, read_records, write_records
+
+    assert call(project, "dvc", "repro", "validate").returncode == 0
+    pair = read_records(project / "data/pairs.jsonl", Pair)[0]
+    kept = {name: getattr(pair, name) for name in ("chunk_id", "question", "answer", "quote", "type")}
+    write_records(project / "data/review.jsonl", [Decision(id=content_id(pair.question, pair.answer), verdict="reject", **kept)])
+    done = call(project, "dvc", "repro", "validate")
+    assert done.returncode == 0, done.stderr
+    assert "Running stage 'generate'" not in done.stdout and "Running stage 'validate'" in done.stdout
+    assert metrics(project, "validate")["review"] == {"accepted": 0, "edited": 0, "rejected": 1, "stale": 0}
+    assert pair.id not in {one.id for one in read_records(project / "data/pairs.jsonl", Pair)}
 
 
 def _counts(line: str) -> tuple[int, int]:
