@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from stages.decisions import with_decisions
-from stages.evidence import words
+from stages.evidence import locate, words
 from stages.files import write_json
 from stages.likeness import clusters
 from stages.models import embedding, load_cross_encoder
@@ -21,6 +21,8 @@ from stages.program import BadModelFile, run, say
 from stages.records import MEND, Candidate, Chunk, Decision, Measurement, by_id, read_records, write_records
 from stages.screening import personal_data_in, secrets_in
 
+MIN_WORD_CHARS = 4  # shorter ones are in every text
+NEAR_CHARS = 200
 MIN_LANGUAGE_CHARS = 40  # shorter texts are told apart badly
 MIN_LANGUAGE_SHARE = 0.8  # probability
 
@@ -47,10 +49,16 @@ def languages(texts: Sequence[str]) -> list[str]:
     return [known[text] for text in texts]
 
 
-def share_of_words(answer: str, quote: str) -> float:
-    """The share of the different words of `answer` that `quote` has: a short answer may lie far from its quote and still be in it."""
-    said = set(words(answer).split())
-    return len(said & set(words(quote).split())) / len(said) if said else 0.0
+def around(quote: str, text: str) -> str:
+    """The place of `quote` in `text` with what stands near it, as an answer may say more than its quote; "" where it is not there."""
+    place = locate(quote, text)
+    return text[max(0, place[0] - NEAR_CHARS) : place[1] + NEAR_CHARS] if place else ""
+
+
+def share_of_words(answer: str, source: str) -> float:
+    """The share of the different longer words of `answer` that `source` has."""
+    said = {word for word in words(answer).split() if len(word) >= MIN_WORD_CHARS}
+    return len(said & set(words(source).split())) / len(said) if said else 0.0
 
 
 def entailed(pairs: Sequence[tuple[str, str]], reference: str) -> list[float]:
@@ -81,7 +89,7 @@ def main(
     if measure.nli:
         entailment = entailed([(claim.quote, claim.answer) for claim in claims], measure.nli)
     else:
-        shared = [share_of_words(claim.answer, claim.quote) for claim in claims]
+        shared = [share_of_words(claim.answer, around(claim.quote, chunk_by_id[claim.chunk_id].text)) for claim in claims]
         entailment = [max(float(cosine), share) for cosine, share in zip((answers * quotes).sum(1), shared, strict=True)]
     questions = [claim.question for claim in claims]
     alike = clusters(questions, [claim.answer for claim in claims], embed(questions), answers, measure.min_cosine)

@@ -24,6 +24,7 @@ from stages.records import Example, Message, Pair, Question, by_id, content_id, 
 from stages.rules import checking, read_rules
 
 SUITE = Path(__file__).with_name("split_suite.yaml")
+FEW_DOCUMENTS = 4  # of fewer, the largest may well hold most of what there is to know
 SAME_QUOTE = 0.8  # Jaccard similarity of two quotes that say one thing
 
 
@@ -89,7 +90,9 @@ def part(pairs: Sequence[Pair], split: Params) -> Parts:
     dev = spare[len(recall) :][: split.max_dev]
     asked = {groups[pair.id]: pair for pair in recall + dev}
     unused["like-a-question"] = [pair for pair in rest if asked.get(groups[pair.id], pair) is not pair]
-    train, unused["document-share"] = within_share([pair for pair in rest if groups[pair.id] not in asked], split)
+    train, unused["document-share"] = within_share(
+        [pair for pair in rest if groups[pair.id] not in asked], allowed_share(len({pair.document_id for pair in pairs}), split)
+    )
     trained = {pair.fact_id for pair in train}
     unused["fact-untrained"] = [pair for pair in recall + dev if pair.fact_id not in trained]
     return Parts(
@@ -129,13 +132,12 @@ def unlike_the_rest(pairs: Sequence[Pair], groups: Mapping[str, int]) -> list[Pa
     return found
 
 
-def within_share(pairs: Sequence[Pair], split: Params) -> tuple[list[Pair], list[Pair]]:
-    """The pairs that can be trained while no document gives more than its share of them, and the others, in the given order."""
+def within_share(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
+    """The pairs that can be trained while no document gives more than `share` of them, and the others, in the given order."""
     ranked: dict[str, list[Pair]] = defaultdict(list)
     for pair in sorted(pairs, key=lambda pair: (-pair.similarity, pair.id)):
         ranked[pair.document_id].append(pair)
     sizes = [len(found) for found in ranked.values()]
-    share = allowed_share(len(sizes), split)
     most = bisect_right(
         range(1, max(sizes, default=0) + 1), share, key=lambda most: most / sum(min(size, most) for size in sizes)
     )
@@ -144,8 +146,9 @@ def within_share(pairs: Sequence[Pair], split: Params) -> tuple[list[Pair], list
 
 
 def allowed_share(documents: int, split: Params) -> float:
-    """`max_document_share`, or 1 where so few documents cannot all stay within it."""
-    return split.max_document_share if documents * split.max_document_share >= 1 else 1.0
+    """`max_document_share`, or 1 where there are few documents, or so few that they cannot all stay within it."""
+    is_bound = documents >= FEW_DOCUMENTS and documents * split.max_document_share >= 1
+    return split.max_document_share if is_bound else 1.0
 
 
 def conversations(pairs: Sequence[Pair], split: Params) -> list[Example]:
@@ -222,7 +225,7 @@ def main(pairs: Path, train: Path, dev: Path, questions: Path, metrics: Path, *,
     examples = conversations(parts.train, split)
     watched = conversations(parts.dev, msgspec.structs.replace(split, multi_turn_share=0.0))
     asked = [question_of(pair, "recall") for pair in parts.recall] + [question_of(pair, "held_out") for pair in parts.held_out]
-    documents = len({pair.document_id for pair in parts.train})
+    documents = len({pair.document_id for pair in every})
     rules = read_rules(SUITE, split=msgspec.structs.replace(split, max_document_share=allowed_share(documents, split)))
     with tempfile.TemporaryDirectory() as unread, checking(Path(unread)) as check:
         check("split", table(examples, watched, asked, by_id(every)), rules)

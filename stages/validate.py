@@ -6,7 +6,7 @@ with its evidence located in the document, or a rejected row with the names of t
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,47 @@ FLAG = re.compile(r"(?<![\w-])-{1,2}[A-Za-z][\w-]*")
 FILE_NAME = re.compile(
     r"(?<![\w/.@-])[\w./~-]*\w\.(?:py|js|ts|go|rs|sh|md|txt|rst|csv|tsv|sql|log|lock|cfg|ini|env|conf|toml|yaml|yml|json|jsonl|xml|html|css|pdf|docx|ipynb|png|jpg|svg|gz|zip|tar|exe|dll|so|jar|war|whl|deb|rpm|tgz|bat|ps1|tf|xlsx|service|properties|java|c|h|cpp|gguf|safetensors|bin|db|sqlite|parquet|pem|key|crt)\b"
 )
-NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve"
+NUMERALS = dict(
+    zip(
+        [
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+            "thirteen",
+            "fourteen",
+            "fifteen",
+            "sixteen",
+            "seventeen",
+            "eighteen",
+            "nineteen",
+            "twenty",
+            "thirty",
+            "forty",
+            "fifty",
+            "sixty",
+            "seventy",
+            "eighty",
+            "ninety",
+            "hundred",
+            "thousand",
+        ],
+        [*map(str, range(21)), *map(str, range(30, 100, 10)), "100", "1000"],
+        strict=True,
+    )
+)
+MAX_SHARE_IN_QUESTION = 0.85  # of the answer's words
+COUNTING = {str(value) for value in range(13)}  # "two ways" is no claim about the product
+ITEM = re.compile(r"^\s*(?:\d+[.)]|[-*+])\s+", re.MULTILINE)  # the mark of a list's item
 
 
 class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,28 +101,45 @@ class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def invented(answer: str, source: str) -> dict[str, bool]:
-    """Whether `answer` has a URL, number, flag, file name or piece of code that `source` (white space folded) does not have."""
-    numbers = {found.replace(",", "") for found in NUMBER.findall(source)} | {
-        str(NUMERALS.split().index(word)) for word in re.findall(rf"\b(?:{NUMERALS.replace(' ', '|')})\b", source.lower())
-    }
-    prose = CODE.sub(" ", URL.sub(" ", answer))
+    """Whether `answer` has a URL, number, flag, file name or piece of code that `source` (white space folded) does not have.
+
+    Numbers may be digits or words; code is in the source when each of its words is.
+    """
+    plain = ITEM.sub("", URL.sub(" ", answer))
+    prose = FILE_NAME.sub(" ", CODE.sub(" ", plain))
     lines = [line for span in CODE.findall(answer) for line in span.strip("`").split("\n")[span.startswith("```") :]]
     return {
         "url_is_invented": any(found not in source for found in URL.findall(answer)),
-        "number_is_invented": any(found.replace(",", "") not in numbers for found in NUMBER.findall(FILE_NAME.sub(" ", prose))),
-        "flag_is_invented": any(
-            not re.search(rf"(?<![\w-]){found}(?![\w-])", source) for found in FLAG.findall(URL.sub(" ", answer))
-        ),
-        "file_name_is_invented": any(found not in source for found in FILE_NAME.findall(URL.sub(" ", answer))),
-        "code_is_invented": any(fold(line) not in source for line in lines),
+        "number_is_invented": bool(numbers_in(prose, COUNTING) - numbers_in(source)),
+        "flag_is_invented": any(not re.search(rf"(?<![\w-]){found}(?![\w-])", source) for found in FLAG.findall(plain)),
+        "file_name_is_invented": any(found not in source for found in FILE_NAME.findall(plain)),
+        "code_is_invented": any(part not in source for line in lines if fold(line) not in source for part in parts_of(line)),
     }
+
+
+def parts_of(command: str) -> list[str]:
+    """The words of `command` up to its first flag in one piece, and each further word: a page may give flags apart from their command."""
+    head, *rest = re.split(r"\s+(?=-)", fold(command), maxsplit=1)
+    return [head, *" ".join(rest).split()]
+
+
+def numbers_in(text: str, uncounted: Collection[str] = ()) -> set[str]:
+    """The numbers in `text` as digits; of those written as words, not the `uncounted`."""
+    said = {NUMERALS[word] for word in re.findall(r"[a-z]+", text.lower()) if word in NUMERALS}
+    return {found.replace(",", "") for found in NUMBER.findall(text)} | said.difference(uncounted)
+
+
+def copies(question: str, answer: str) -> bool:
+    """Whether `question` says nearly all that `answer` says; both as `words` gives them."""
+    said = set(answer.split())
+    return len(said & set(question.split())) > MAX_SHARE_IN_QUESTION * len(said)
 
 
 def loops(text: str) -> bool:
     """Whether words outside code come three times in a row, a line three times, or a sentence of at least five words twice."""
-    prose = CODE.sub(" ", text)
+    prose = CODE.sub(" ", ITEM.sub("", text))
     sentences = Counter(words(sentence) for sentence in re.split(r"(?<=[.!?])\s", prose))
-    lines = Counter(words(line) for line in FENCED.sub("", text).split("\n"))
+    lines = Counter(words(line) for line in FENCED.sub("", ITEM.sub("", text)).split("\n"))
     return (
         bool(LOOP.search(prose))
         or any(count > 1 and one.count(" ") >= 4 for one, count in sentences.items())
@@ -117,7 +174,7 @@ def table(
             | invented(candidate.answer, sources[chunk.id])
             | {
                 "quote_is_missing": locate(candidate.quote, chunk.text) is None,
-                "question_copies_answer": question == answer or (len(answer) > 20 and answer in question),
+                "question_copies_answer": copies(question, answer),
                 "question_copies_example": question in taught,
                 "answer_loops": loops(candidate.answer),
                 "holds_markup": bool(
@@ -136,6 +193,18 @@ def table(
             }
         )
     return pandas.DataFrame(rows)
+
+
+def varied(candidates: Sequence[Candidate], measurements: Mapping[str, Measurement]) -> list[Candidate]:
+    """`candidates`, those first that are the first of their fact and cluster: wordings that differ teach more, and one can be asked."""
+    seen: Counter[tuple[str, str]] = Counter()
+    turns = []
+    for candidate in candidates:
+        key = candidate.fact_id, measurements[candidate.id].cluster
+        turns.append(seen[key])
+        seen[key] += 1
+    order = sorted(range(len(turns)), key=turns.__getitem__)
+    return [candidates[place] for place in order]
 
 
 def selection(candidates: Sequence[Candidate], measurements: Mapping[str, Measurement]) -> Any:
@@ -288,7 +357,7 @@ def main(
 
     with new_folder(data_docs) as draft, checking(draft) as check:
         note(check("candidates", rows, [rule for rule in rules if rule.among == "all"]))
-        sound = [claim for claim in claims if claim.id not in faults]
+        sound = varied([claim for claim in claims if claim.id not in faults], measured)
         if sound:
             note(check("sound candidates", selection(sound, measured), [rule for rule in rules if rule.among == "sound"]))
     final = {rule.rule for rule in rules if not rule.waivable}

@@ -289,12 +289,12 @@ def of_documents(*sizes: int) -> list[Pair]:
 @pytest.mark.parametrize(
     ("sizes", "share", "kept"),
     [
-        ((90, 20, 10), 0.5, [30, 20, 10]),  # 30 of 60
-        ((90, 20, 10), 0.4, [20, 20, 10]),  # 20 of 50; a 21st would be 21 of 51, above 0.4
-        ((90, 20, 10), 0.75, [90, 20, 10]),
-        ((90, 20, 10), 0.3, [90, 20, 10]),  # three documents cannot all stay below a third
+        ((90, 20, 10, 10), 0.5, [40, 20, 10, 10]),  # 40 of 80
+        ((90, 20, 10, 10), 0.4, [26, 20, 10, 10]),  # 26 of 66; a 27th would be 27 of 67, above 0.4
+        ((90, 20, 10, 10), 0.75, [90, 20, 10, 10]),
+        ((90, 20, 10, 10), 0.2, [90, 20, 10, 10]),  # four documents cannot all stay below a quarter
         ((90,), 0.5, [90]),
-        ((90, 10), 0.5, [10, 10]),
+        ((90, 20, 10), 0.5, [90, 20, 10]),
     ],
 )
 def test_a_document_gives_at_most_its_share_of_the_trained_pairs(sizes: tuple[int, ...], share: float, kept: list[int]) -> None:
@@ -307,9 +307,9 @@ def test_a_document_gives_at_most_its_share_of_the_trained_pairs(sizes: tuple[in
 
 def test_a_question_whose_fact_is_no_longer_trained_is_unused() -> None:
     weak = [evolve(pair("d0-s", 99, wording, "d0"), similarity=0.1) for wording in (1, 2)]
-    parts = part([*of_documents(30, 10), *weak], msgspec.structs.replace(ALL_TRAINED, max_document_share=0.5))
-    assert len(parts.train) == 20 and not parts.recall
-    assert {reason: len(found) for reason, found in parts.unused.items()} == {"document-share": 21, "fact-untrained": 1}
+    parts = part([*of_documents(30, 10, 1, 1), *weak], msgspec.structs.replace(ALL_TRAINED, max_document_share=0.5))
+    assert len(parts.train) == 24 and not parts.recall
+    assert {reason: len(found) for reason, found in parts.unused.items()} == {"document-share": 19, "fact-untrained": 1}
     assert parts.unused["fact-untrained"] == [weak[1]]
 
 
