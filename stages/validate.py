@@ -176,6 +176,7 @@ def table(
                 "quote_is_missing": locate(candidate.quote, chunk.text) is None,
                 "question_copies_answer": copies(question, answer),
                 "question_copies_example": question in taught,
+                "question_loops": loops(candidate.question) or CODE.sub("", candidate.question).count("?") > 1,
                 "answer_loops": loops(candidate.answer),
                 "holds_markup": bool(
                     MARKUP.search(CODE.sub(" ", candidate.question)) or MARKUP.search(CODE.sub(" ", candidate.answer))

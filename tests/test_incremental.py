@@ -19,7 +19,7 @@ import pytest
 import yaml
 from fake_endpoint import FakeEndpoint, chosen
 
-from stages import generate
+from stages import generate, measure
 from stages.evidence import fold
 from stages.llm import Store
 from stages.params import read_section
@@ -28,7 +28,7 @@ from stages.records import Candidate, Document, Pair, by_id, read_records
 
 REPOSITORY = Path(__file__).parents[1]
 COMMANDS = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-STAGES = ("collect", "ingest", "chunk", "generate", "judge", "validate")
+STAGES = ("collect", "ingest", "chunk", "generate", "judge", "measure", "validate")
 CALLS = 13  # 6 sections of 2 facts, and a page without a fact or a heading, which the teacher is asked about freely
 
 KETTLE = """# The Alto kettle
@@ -157,7 +157,9 @@ def words_of(stage: str) -> list[str]:
 def texts_embedded_once() -> Iterator[None]:
     """The embedder costs more than everything else here, and the same few texts come up in every run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "embedding", functools.cache(generate.embedding))
+        kept = functools.cache(generate.embedding)
+        for stage in (generate, measure):
+            patch.setattr(stage, "embedding", kept)
         yield
 
 
@@ -167,7 +169,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project = Project(tmp_path_factory.mktemp("undisturbed"))
     (project.folder / "pages").mkdir()
     (project.folder / "data").mkdir()
-    (project.folder / "data/curated.jsonl").touch()
+    for name in ("curated.jsonl", "review.jsonl"):
+        (project.folder / "data" / name).touch()
     for name, text in PAGES.items():
         project.page(name).write_text(text, encoding="utf-8")
     assert len(project.asked(STAGES)) == CALLS
