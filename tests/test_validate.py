@@ -57,7 +57,7 @@ GOOD = Candidate(
 # Each breaks the rule it is named after, and no other. `measured` and `judged` are of other records.
 BAD: dict[str, dict[str, Any]] = {
     "question-too-short": {"question": "Why tea?"},
-    "question-too-long": {"question": f"How long should {'really ' * 2}{'good old ' * 32}tea steep?"},
+    "question-too-long": {"question": f"How long does {' '.join(f'w{place}x' for place in range(70))} steep?"},
     "question-without-mark": {"question": "Tell me how green tea should steep"},
     "question-repeats-itself": {"question": "How long long long should white tea steep?"},
     "question-not-self-contained": {"question": "What is it made of, in short?"},
@@ -98,7 +98,7 @@ BAD: dict[str, dict[str, Any]] = {
 # Each is as near to the rule's limit as a good one may be.
 NEAR: dict[str, dict[str, Any]] = {
     "question-too-short": {"question": "Why tea 2?"},
-    "question-too-long": {"question": f"How long should {'really ' * 2}{'good old ' * 28}tea steep?"},
+    "question-too-long": {"question": f"How long does {' '.join(f'w{place}x' for place in range(56))} steep?"},
     "question-without-mark": {"question": "May green tea steep? "},
     "question-repeats-itself": {"question": "How long long should white tea steep?"},
     "question-not-self-contained": {"question": "What is item 3 of the list of leaves?"},
