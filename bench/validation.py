@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 import os
-import pickle
 import re
 import statistics
 import subprocess
@@ -182,7 +181,9 @@ def lay_out(folder: Path, rows: int) -> Path:
         "all": validate.table(claims, chunks, {}, measured, frozenset(), validate.example_questions(validate.PROMPTS)),
         "sound": validate.selection(sound, measured),
     }
-    (folder / "tables.pickle").write_bytes(pickle.dumps((tables, [msgspec.structs.asdict(rule) for rule in rules])))
+    for name, table in tables.items():
+        table.to_parquet(folder / f"{name}.parquet")
+    (folder / "rules.json").write_bytes(msgspec.json.encode(rules))
     return folder
 
 
@@ -190,8 +191,10 @@ def direct(folder: Path) -> None:
     """The peer of P10: Great Expectations as its documentation has it, on the tables of `lay_out`."""
     import great_expectations as gx
     import great_expectations.expectations as gxe
+    import pandas
 
-    tables, rules = pickle.loads((folder / "tables.pickle").read_bytes())
+    tables = {name: pandas.read_parquet(folder / f"{name}.parquet") for name in ("all", "sound")}
+    rules = json.loads((folder / "rules.json").read_bytes())
     context = gx.get_context(mode="ephemeral")
     store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(folder / "direct_docs")}
     context.add_data_docs_site("docs", {"class_name": "SiteBuilder", "store_backend": store})

@@ -4,9 +4,10 @@ The rules are data, in validate_suite.yaml beside this file; Great Expectations 
 with its evidence located in the document, or a rejected row with the names of the rules it broke. Costs seconds.
 """
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,6 @@ MARKUP = re.compile(
     rf"</?{TAG}(?:\s[^>]*)?/?>|</\w+>|<\w+\s+[\w:-]+=[^>]*>|&(?:[a-z]{{2,8}}|#\d+);|\]\(|!\[|\{{\{{|\{{%|^\s*\|.*\|\s*$|^#{{1,6}} |^:::|^\s*\.\. \w+::",
     re.IGNORECASE | re.MULTILINE,
 )
-LOOP = re.compile(r"\b(\w+(?:\W+\w+){0,9}?)(?:\W+\1\b){2,}", re.IGNORECASE)
 URL = re.compile(r"(?:https?://|www\.)[^\s<>()\[\]`'\"]*[\w/]")
 NUMBER = re.compile(r"(?<![\w.,-])\d+(?:[.,]\d+)*(?![\w-]*[A-Za-z_])")  # not part of a name
 FLAG = re.compile(r"(?<![\w-])-{1,2}[A-Za-z][\w-]*")
@@ -89,7 +89,7 @@ NUMERALS = dict(
     )
 )
 MAX_SHARE_IN_QUESTION = 0.85  # of the answer's words
-COUNTING = {str(value) for value in range(13)}  # "two ways" is no claim about the product
+COUNTING = frozenset(str(value) for value in range(13))  # "two ways" is no claim about the product
 ITEM = re.compile(r"^\s*(?:\d+[.)]|[-*+])\s+", re.MULTILINE)  # the mark of a list's item
 
 
@@ -123,7 +123,8 @@ def parts_of(command: str) -> list[str]:
     return [head, *" ".join(rest).split()]
 
 
-def numbers_in(text: str, uncounted: Collection[str] = ()) -> set[str]:
+@functools.lru_cache(1024)  # a chunk's text comes again with each of its candidates
+def numbers_in(text: str, uncounted: frozenset[str] = frozenset()) -> set[str]:
     """The numbers in `text` as digits; of those written as words, not the `uncounted`."""
     said = {NUMERALS[word] for word in re.findall(r"[a-z]+", text.lower()) if word in NUMERALS}
     return {found.replace(",", "") for found in NUMBER.findall(text)} | said.difference(uncounted)
@@ -136,14 +137,20 @@ def copies(question: str, answer: str) -> bool:
 
 
 def loops(text: str) -> bool:
-    """Whether words outside code come three times in a row, a line three times, or a sentence of at least five words twice."""
-    prose = CODE.sub(" ", ITEM.sub("", text))
+    """Whether up to ten words outside code come three times in a row, a line three times, or a sentence of at least five words twice."""
+    listed = ITEM.sub("", text)
+    prose = CODE.sub(" ", listed)
+    said = words(prose).split()
+    for length in range(1, 11):
+        equal = 0  # words in a row that are the same as the one `length` words on
+        for one, other in zip(said, said[length:], strict=False):
+            equal = equal + 1 if one == other else 0
+            if equal == 2 * length:
+                return True
     sentences = Counter(words(sentence) for sentence in re.split(r"(?<=[.!?])\s", prose))
-    lines = Counter(words(line) for line in FENCED.sub("", ITEM.sub("", text)).split("\n"))
-    return (
-        bool(LOOP.search(prose))
-        or any(count > 1 and one.count(" ") >= 4 for one, count in sentences.items())
-        or any(count > 2 and one for one, count in lines.items())
+    lines = Counter(words(line) for line in FENCED.sub("", listed).split("\n"))
+    return any(count > 1 and one.count(" ") >= 4 for one, count in sentences.items()) or any(
+        count > 2 and one for one, count in lines.items()
     )
 
 
