@@ -16,7 +16,7 @@ from stages.judge import DIMENSIONS, PROBES, Params, judgement_of, main, probes_
 from stages.llm import Endpoint, Reply
 from stages.params import convert_section
 from stages.program import BadInput, BadParams
-from stages.records import Candidate, Chunk, Judgement, Pair, Rejected, read_records, write_records
+from stages.records import Candidate, Chunk, Judgement, Measurement, Pair, Rejected, read_records, write_records
 from stages.validate import Params as Validate
 from stages.validate import main as validate
 
@@ -45,7 +45,7 @@ TRUE = Candidate(
     wording=1,
 )
 FALSE = msgspec.structs.replace(
-    TRUE, id="false", question="How hot is green tea steeped?", answer="Steep it in boiling milk, at 100 degrees.", wording=2
+    TRUE, id="false", question="How hot is green tea steeped?", answer="Steep it in boiling milk, and for long.", wording=2
 )
 FOURTH = msgspec.structs.replace(TRUE, id="fourth", question="For how many minutes does green tea steep?", wording=4)
 Judge = Callable[[dict[str, Any]], str]
@@ -111,9 +111,13 @@ class Files:
 
     def validate(self) -> dict[str, tuple[str, ...]]:
         """Runs validate on what the judge left; rejected id -> rules."""
-        settings = Validate(wordings=4, min_similarity=0.5, max_rejected_share=0.95)
-        docs, metrics = self.folder / "docs", self.folder / "validate.json"
-        validate(self.candidates, self.chunks, self.judgements, self.pairs, self.rejected, docs, metrics, validate=settings)
+        settings = Validate(wordings=4, min_similarity=0.5, min_entailment=0.0, max_rejected_share=0.95)
+        plain: dict[str, Any] = {"entailment": 0.9, "language": "en", "source_language": "en", "secrets": (), "personal_data": ()}
+        measurements, review = self.folder / "measurements.jsonl", self.folder / "review.jsonl"
+        write_records(measurements, [Measurement(id=one.id, cluster=one.id, **plain) for one in (TRUE, FALSE, FOURTH)])
+        review.touch()
+        paths = self.candidates, self.chunks, self.judgements, measurements, review, self.pairs, self.rejected
+        validate(*paths, self.folder / "docs", self.folder / "validate.json", validate=settings)
         return {row.id: row.rules for row in read_records(self.rejected, Rejected)}
 
 
