@@ -4,6 +4,7 @@ The rules are data, in validate_suite.yaml beside this file; Great Expectations 
 with its evidence located in the document, or a rejected row with the names of the rules it broke. Costs seconds.
 """
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -61,18 +62,24 @@ def loops(text: str) -> bool:
     """Whether up to ten words outside code come three times in a row, a line three times, or a sentence of at least five words twice."""
     listed = ITEM.sub("", text)
     prose = CODE.sub(" ", listed)
+    often = max(Counter(words(listed).split()).values(), default=0)
+    sentences = Counter(words(sentence) for sentence in re.split(r"(?<=[.!?])\s", prose)) if often > 1 else Counter[str]()
+    if any(count > 1 and one.count(" ") >= 4 for one, count in sentences.items()):
+        return True
+    if often < 3:  # as in nearly all texts: the rest is slow
+        return False
     said = words(prose).split()
-    for length in range(1, 11):
+    for length in range(1, min(10, len(said) // 3) + 1):
         equal = 0  # words in a row that are the same as the one `length` words on
         for one, other in zip(said, said[length:], strict=False):
             equal = equal + 1 if one == other else 0
             if equal == 2 * length:
                 return True
-    sentences = Counter(words(sentence) for sentence in re.split(r"(?<=[.!?])\s", prose))
-    lines = Counter(words(line) for line in FENCED.sub("", listed).split("\n"))
-    return any(count > 1 and one.count(" ") >= 4 for one, count in sentences.items()) or any(
-        count > 2 and one for one, count in lines.items()
-    )
+    return any(count > 2 and one for one, count in Counter(words(line) for line in FENCED.sub("", listed).split("\n")).items())
+
+
+def holds_markup(text: str) -> bool:
+    return MARKUP.search(CODE.sub(" ", text)) is not None
 
 
 def table(
@@ -91,25 +98,31 @@ def table(
 
     taught = {words(example) for example in examples}
     sources = {name: fold(f"{' '.join(chunk.heading_path)} {chunk.text}") for name, chunk in chunks.items()}
+
+    @functools.cache  # the wordings of a fact share their answer and quote
+    def of_answer(answer: str, quote: str, chunk_id: str) -> dict[str, bool]:
+        return invented(answer, sources[chunk_id]) | {
+            "quote_is_missing": locate(quote, chunks[chunk_id].text) is None,
+            "answer_loops": loops(answer),
+            "holds_markup": holds_markup(answer),
+            "speaks_to_a_model": bool(instructions_in(f"{answer}\n{quote}")),
+        }
+
     rows: list[dict[str, Any]] = []
     for candidate in candidates:
         chunk, measured = chunks[candidate.chunk_id], measurements[candidate.id]
         question, answer = words(candidate.question), words(candidate.answer)
         too_low = judgements[candidate.id].too_low if candidate.id in judgements else ()
-        texts = f"{candidate.question}\n{candidate.answer}\n{candidate.quote}"
+        told = of_answer(candidate.answer, candidate.quote, chunk.id)
         rows.append(
             msgspec.structs.asdict(without_secrets(candidate) if measured.secrets else candidate)
-            | invented(candidate.answer, sources[chunk.id])
+            | told
             | {
-                "quote_is_missing": locate(candidate.quote, chunk.text) is None,
                 "question_copies_answer": copies(question, answer),
                 "question_copies_example": question in taught,
                 "question_loops": loops(candidate.question) or CODE.sub("", candidate.question).count("?") > 1,
-                "answer_loops": loops(candidate.answer),
-                "holds_markup": bool(
-                    MARKUP.search(CODE.sub(" ", candidate.question)) or MARKUP.search(CODE.sub(" ", candidate.answer))
-                ),
-                "speaks_to_a_model": bool(instructions_in(texts)),
+                "holds_markup": told["holds_markup"] or holds_markup(candidate.question),
+                "speaks_to_a_model": told["speaks_to_a_model"] or bool(instructions_in(candidate.question)),
                 "holds_secret": bool(measured.secrets),
                 "holds_personal_data": bool(measured.personal_data),
                 "entailment": measured.entailment,
