@@ -5,6 +5,7 @@ output: a stopped run resumes from the last one when data and settings are the s
 """
 
 import csv
+import functools
 import io
 import os
 import resource
@@ -16,13 +17,13 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from stages.chats import tokens_and_mask, with_system
 from stages.files import new_folder, sha256_of_file, write_json, write_text
 from stages.models import as_hf_folder, free_cores, load_tokenizer, model_sha256
 from stages.params import Chat, Count, Models, NonNegative, Positive, Share, Tracking
 from stages.program import BadInput, BadModelFile, LimitBroken, run, say
 from stages.records import Example, content_id, read_records
 from stages.tracking import connect, dvc_md5, git_commit
+from stages.training.batches import pack, tokenise
 
 
 class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -48,26 +49,6 @@ class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     eval_steps: Positive
     save_steps: Positive
     seed: Count
-
-
-class Tokens(msgspec.Struct, frozen=True):
-    """One conversation as the trainer takes it: token ids, and labels that are -100 where nothing is to be learned."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-
-def tokenise(examples: Sequence[Example], tokenizer: Any, system_prompt: str, max_length: int) -> list[Tokens]:
-    """`examples` as tokens, in their order. Raises LimitBroken for one longer than `max_length`: nothing is cut silently."""
-    rows = []
-    for example in examples:
-        ids, mask = tokens_and_mask(tokenizer, with_system(system_prompt, example.messages))
-        if len(ids) > max_length:
-            raise LimitBroken(
-                f"example {example.id} has {len(ids)} tokens, and train.max_length is {max_length}; raise it, or lower split.turns"
-            )
-        rows.append(Tokens(ids, [token if learned else -100 for token, learned in zip(ids, mask, strict=True)]))
-    return rows
 
 
 def has_bf16() -> bool:
@@ -176,29 +157,6 @@ def training_arguments(train: Params, checkpoints: Path) -> Any:
     )
 
 
-def cpu_trainer() -> Any:
-    """TRL's SFTTrainer with a loss that runs on the CPU, where TRL's own needs Triton: the head sees answer tokens only.
-
-    The same mean negative log-likelihood over the answer tokens of the whole batch, accumulation included.
-    """
-    import torch.nn.functional as F
-    from trl import SFTTrainer
-
-    class CpuTrainer(SFTTrainer):  # type: ignore[misc]
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            causal = self.accelerator.unwrap_model(model).get_base_model()
-            states = causal.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-            labels = inputs["labels"][:, 1:]
-            learned = labels != -100
-            # indexing by the mask gives a 2-D matrix: oneDNN's fast path does not take sliced 3-D ones
-            logits = causal.lm_head(states.last_hidden_state[:, :-1][learned])
-            loss = F.cross_entropy(logits.float(), labels[learned], reduction="sum")
-            loss = loss / (learned.sum() if num_items_in_batch is None else num_items_in_batch)
-            return (loss, {}) if return_outputs else loss
-
-    return CpuTrainer
-
-
 def curve_of(log: Sequence[Mapping[str, Any]]) -> str:
     """The trainer's log as CSV for `dvc plots`: step, loss, split (train or dev)."""
     table = io.StringIO()
@@ -285,7 +243,13 @@ def main(
         for path, context in ((train_examples, "training"), (dev_examples, "validation")):
             digest = dvc_md5(path.as_posix()) or sha256_of_file(path)[:36]
             log_dataset(mlflow, path, digest, context)
-        trainer_class = SFTTrainer if torch.cuda.is_available() else cpu_trainer()
+        trainer_class: Any = SFTTrainer
+        if not torch.cuda.is_available():
+            from stages.training.packed import PackedTrainer, keep_memory, pack_model
+
+            keep_memory()
+            pack_model(model)
+            trainer_class = functools.partial(PackedTrainer, data_collator=pack)
         trainer = trainer_class(
             model=model,
             args=training_arguments(train, checkpoints),

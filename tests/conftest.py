@@ -52,6 +52,34 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama with random weights and the base model's tokenizer, as a folder of transformers."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from stages.models import load_tokenizer
+
+    tokenizer = load_tokenizer(base_folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    folder = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def adapter_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA adapter, as PEFT saves it, that changes the base visibly."""
     import torch

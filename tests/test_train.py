@@ -13,13 +13,11 @@ import pytest
 import yaml
 from conftest import CHAT
 
-from stages.chats import with_system
 from stages.files import sha256_of_file
-from stages.models import load_tokenizer
 from stages.params import Models, Tracking
-from stages.program import BadInput, BadModelFile, LimitBroken
+from stages.program import BadInput, BadModelFile
 from stages.records import Example, Message, write_records
-from stages.train import Params, cpu_trainer, curve_of, last_checkpoint, lora_model, main, tokenise, training_arguments
+from stages.train import Params, curve_of, last_checkpoint, lora_model, main
 
 TRAIN = Params(
     engine="trl",
@@ -64,59 +62,11 @@ def but(**changes: Any) -> Params:
     return msgspec.structs.replace(TRAIN, **changes)
 
 
-@pytest.fixture(scope="module")
-def tiny(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A two-layer Llama with random weights and the base model's tokenizer, as a folder of transformers."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tokenizer = load_tokenizer(base_folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+# model
 
 
-# tokens
-
-
-def test_only_the_answers_are_learned(tiny: Path) -> None:
-    tokenizer = load_tokenizer(tiny)
-    (row,) = tokenise(EXAMPLES[1:2], tokenizer, "Be brief.", 200)
-    assert len(row.input_ids) == len(row.labels)
-    assert tokenizer.decode(row.input_ids).startswith("<|im_start|>system\nBe brief.<|im_end|>")
-    learned = tokenizer.decode([label for label in row.labels if label != -100])
-    assert learned == "An electric pot that boils a litre of water in four minutes.<|im_end|>A litre.<|im_end|>"
-    assert all(label in (-100, token) for token, label in zip(row.input_ids, row.labels, strict=True))
-
-
-def test_an_example_that_is_too_long_is_refused_by_name_and_one_at_the_limit_is_not(tiny: Path) -> None:
-    tokenizer = load_tokenizer(tiny)
-    conversation = with_system("Be brief.", EXAMPLES[1].messages)
-    length = len(tokenizer(tokenizer.apply_chat_template(conversation, tokenize=False), add_special_tokens=False)["input_ids"])
-    assert len(tokenise(EXAMPLES, tokenizer, "Be brief.", length)) == 4
-    with pytest.raises(LimitBroken, match=rf"example b has {length} tokens, and train\.max_length is {length - 1}"):
-        tokenise(EXAMPLES, tokenizer, "Be brief.", length - 1)
-
-
-# model and loss
-
-
-def test_adapters_sit_on_exactly_the_modules_that_params_name(tiny: Path) -> None:
-    model = lora_model(tiny, TRAIN)
+def test_adapters_sit_on_exactly_the_modules_that_params_name(tiny_folder: Path) -> None:
+    model = lora_model(tiny_folder, TRAIN)
     adapted = {name.partition(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name}
     assert adapted == {"q_proj", "down_proj"}
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
@@ -126,50 +76,15 @@ def test_adapters_sit_on_exactly_the_modules_that_params_name(tiny: Path) -> Non
     assert shapes == {(4, 64)}
 
 
-def test_the_loss_and_its_gradients_are_those_of_plain_cross_entropy_on_the_answers(tiny: Path, tmp_path: Path) -> None:
-    import torch
-    import torch.nn.functional as F
-    from datasets import Dataset
-
-    torch.manual_seed(3)
-    model = lora_model(tiny, TRAIN).float()
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.1)  # a zero B gives A no gradient
-    tokenizer = load_tokenizer(tiny)
-    rows = Dataset.from_list([msgspec.to_builtins(row) for row in tokenise(EXAMPLES, tokenizer, "Be brief.", 128)])
-    arguments = training_arguments(but(per_device_train_batch_size=4), tmp_path)
-    trainer = cpu_trainer()(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
-    batch = next(iter(trainer.get_train_dataloader()))
-    assert batch["input_ids"].shape[0] == 4
-    assert (batch["attention_mask"] == 0).any()  # padded: rows differ in length
-    weights = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
-
-    loss = trainer.compute_loss(trainer.model, batch)
-    gradients = torch.autograd.grad(loss, list(weights.values()))
-    logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    plain = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
-    expected = torch.autograd.grad(plain, list(weights.values()))
-
-    assert abs(loss.item() - plain.item()) <= 1e-4 * plain.item()
-    for name, ours, theirs in zip(weights, gradients, expected, strict=True):
-        assert theirs.norm() > 0, name
-        assert (ours - theirs).norm() <= 1e-4 * theirs.norm(), name
-
-    learned = int((batch["labels"][:, 1:] != -100).sum())
-    halved = trainer.compute_loss(trainer.model, batch, num_items_in_batch=2 * learned)  # half of an accumulated batch
-    assert halved.item() == pytest.approx(plain.item() / 2, rel=1e-4)
-
-
 @pytest.mark.parametrize("change", [{"load_in_4bit": True}, {"engine": "unsloth"}])
-def test_what_needs_cuda_is_one_clear_error_without_it(change: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
+def test_what_needs_cuda_is_one_clear_error_without_it(change: dict[str, Any], tiny_folder: Path, tmp_path: Path) -> None:
     import torch
 
     if torch.cuda.is_available():
         return  # a machine with CUDA has nothing to refuse
     (name,) = change
     with pytest.raises(BadModelFile, match=rf"train\.{name}.*needs a CUDA device") as refused:
-        Project(tmp_path, tiny, **change).run()
+        Project(tmp_path, tiny_folder, **change).run()
     assert "\n" not in str(refused.value)
 
 
@@ -220,9 +135,9 @@ class Trained(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A run of three steps."""
-    project = Project(tmp_path_factory.mktemp("trained"), tiny)
+    project = Project(tmp_path_factory.mktemp("trained"), tiny_folder)
     return Trained(project, project.run())
 
 
@@ -280,9 +195,11 @@ def test_mlflow_has_settings_curves_datasets_and_tags_of_the_run(trained: Traine
     assert found.data.tags["adapter.sha256"] == sha256_of_file(trained.project.adapter / "adapter_model.safetensors")
 
 
-def test_two_runs_with_one_seed_give_one_adapter_and_another_seed_another(trained: Trained, tiny: Path, tmp_path: Path) -> None:
+def test_two_runs_with_one_seed_give_one_adapter_and_another_seed_another(
+    trained: Trained, tiny_folder: Path, tmp_path: Path
+) -> None:
     same, other = (
-        Project(tmp_path / name, tiny, seed=seed)
+        Project(tmp_path / name, tiny_folder, seed=seed)
         for name, seed in (("same", 1), ("other", 2))
         if (tmp_path / name).mkdir() is None
     )
@@ -293,8 +210,18 @@ def test_two_runs_with_one_seed_give_one_adapter_and_another_seed_another(traine
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_a_killed_run_resumes_from_its_checkpoint(tiny: Path, tmp_path: Path) -> None:
-    project = Project(tmp_path, tiny, max_steps=20, eval_steps=20, logging_steps=5)
+def test_accumulated_batches_give_the_loss_of_one_large_batch(tiny_folder: Path, tmp_path: Path) -> None:
+    losses = []
+    for size, accumulated in ((4, 1), (2, 2), (1, 4)):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
+        losses.append(Project(folder, tiny_folder, max_steps=1, **changes).run()["final_loss"])
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=2e-3)  # bf16 where the processor has it
+
+
+def test_a_killed_run_resumes_from_its_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:
+    project = Project(tmp_path, tiny_folder, max_steps=20, eval_steps=20, logging_steps=5)
     first = project.start()
     deadline = time.monotonic() + 120
     while (
@@ -342,15 +269,15 @@ def test_a_half_written_checkpoint_gives_way_to_the_one_before_it(tmp_path: Path
 
 
 @pytest.mark.parametrize("empty", ["train", "dev"])
-def test_a_file_without_an_example_is_an_error(empty: str, tiny: Path, tmp_path: Path) -> None:
-    project = Project(tmp_path, tiny)
+def test_a_file_without_an_example_is_an_error(empty: str, tiny_folder: Path, tmp_path: Path) -> None:
+    project = Project(tmp_path, tiny_folder)
     write_records(tmp_path / f"{empty}.jsonl", [])
     with pytest.raises(BadInput, match=rf"{empty}\.jsonl holds no example"):
         project.run()
 
 
-def test_a_loss_that_was_never_logged_is_not_called_a_broken_one(trained: Trained, tiny: Path, tmp_path: Path) -> None:
-    project = Project(tmp_path, tiny, logging_steps=50)
+def test_a_loss_that_was_never_logged_is_not_called_a_broken_one(trained: Trained, tiny_folder: Path, tmp_path: Path) -> None:
+    project = Project(tmp_path, tiny_folder, logging_steps=50)
     project.tracking = trained.project.tracking
     metrics = project.run()
     assert metrics["final_loss"] > 1
