@@ -1,4 +1,4 @@
-"""data/*.jsonl + reports/metrics + loss.csv + coverage.png + params.yaml -> reports/report.md, report.html, loss.png, scores.png
+"""data/*.jsonl + reports/metrics + curves + coverage.png + params.yaml -> reports/report.md, report.html, loss.png, scores.png
 
 Writes what a pull request shows: verdict, scores, samples, what was rejected, coverage, figures of the run, lineage. The same inputs
 give the same bytes; no model runs, it takes a few seconds.
@@ -162,17 +162,21 @@ def in_one_comment(template: Any, context: dict[str, Any]) -> str:
     raise LimitBroken(f"report.md has {len(text):,} characters without any sample; a comment holds {MAX_CHARACTERS:,}")
 
 
-def read_loss(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, loss) by split, in the file's order. Raises BadInput for a line that is not step,loss,split."""
-    curves: dict[str, list[tuple[int, float]]] = {"train": [], "dev": []}
-    with open(path, newline="", encoding="utf-8") as lines:
-        for number, row in enumerate(csv.DictReader(lines), start=2):
+def read_curves(folder: Path) -> dict[str, list[tuple[float, ...]]]:
+    """Rows of numbers by split, step and loss first, in the files' order. Raises BadInput for a line that is none."""
+    curves: dict[str, list[tuple[float, ...]]] = {}
+    for split in ("train", "dev"):
+        path = folder / f"{split}.csv"
+        with open(path, newline="", encoding="utf-8") as lines:
+            _, *rows = csv.reader(lines)
+        for number, row in enumerate(rows, start=2):
             try:
-                curves[row["split"]].append((int(row["step"]), float(row["loss"])))
-            except (KeyError, TypeError, ValueError):
+                step, loss, *others = map(float, row)
+            except ValueError:
                 raise BadInput(
-                    f"{path}:{number}: {row} is not step,loss,split with train or dev. Rebuild: dvc repro --force train"
+                    f"{path}:{number}: {','.join(row)} does not begin with step,loss. Rebuild: dvc repro --force train"
                 ) from None
+            curves.setdefault(split, []).append((step, loss, *others))
     return curves
 
 
@@ -208,19 +212,25 @@ def draw_scores(scoreboard: Scoreboard, path: Path) -> None:
     _save(picture, path)
 
 
-def draw_loss(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    """A PNG of training and dev loss by step."""
+def draw_loss(curves: dict[str, list[tuple[float, ...]]], path: Path) -> None:
+    """A PNG of training and dev loss by step, and of the learning rate behind them."""
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(11, 3.2), dpi=144, layout="constrained")
     panel = picture.subplots()
     for split, colour, marker in (("train", "#3b6fb6", ""), ("dev", "#c2452d", "o")):
-        if curves[split]:
-            steps, losses = zip(*curves[split], strict=True)
+        if split in curves:
+            steps, losses, *others = zip(*curves[split], strict=True)
             panel.plot(
                 steps, losses, color=colour, marker=marker or ("o" if len(steps) == 1 else None), markersize=4, label=split
             )
-    if any(curves.values()):
+            if others:
+                rate = panel.twinx()
+                rate.fill_between(steps, others[0], color="#888888", alpha=0.12, linewidth=0)
+                rate.set_ylim(bottom=0)
+                rate.set_ylabel("learning rate (grey)", fontsize=8)
+                rate.spines[["top"]].set_visible(False)
+    if curves:
         panel.set_ylim(bottom=0)
         panel.legend(frameon=False, fontsize=9)
     else:
@@ -258,7 +268,7 @@ def _lineage(data: Path) -> list[Row]:
 def main(
     data: Path,
     metrics: Path,
-    loss: Path,
+    curves: Path,
     params: Path,
     coverage_picture: Path,
     markdown: Path,
@@ -285,7 +295,7 @@ def main(
     scores = by_id(read_records(data / "scores.jsonl", Score))
     rejected = read_records(data / "rejected.jsonl", Rejected)
     draw_scores(board, scores_picture)
-    draw_loss(read_loss(loss), loss_picture)
+    draw_loss(read_curves(curves), loss_picture)
     context = {
         "verdict": judge(board, served, promote),
         "served": served,

@@ -157,16 +157,19 @@ def training_arguments(train: Params, checkpoints: Path) -> Any:
     )
 
 
-def curve_of(log: Sequence[Mapping[str, Any]]) -> str:
-    """The trainer's log as CSV for `dvc plots`: step, loss, split (train or dev)."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["step", "loss", "split"])
-    for entry in log:
-        for name, split in (("loss", "train"), ("eval_loss", "dev")):
-            if name in entry:
-                writer.writerow([entry["step"], f"{entry[name]:.4f}", split])
-    return table.getvalue()
+def curves_of(log: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The trainer's log as CSV for `dvc plots`: train.csv (step, loss, learning_rate, grad_norm) and dev.csv (step, loss)."""
+    kinds = {"train": {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm"}, "dev": {"eval_loss": "loss"}}
+    curves = {}
+    for split, columns in kinds.items():
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(["step", *columns.values()])
+        writer.writerows(
+            [entry["step"], *(f"{entry[name]:.4g}" for name in columns)] for entry in log if columns.keys() <= entry.keys()
+        )
+        curves[f"{split}.csv"] = table.getvalue()
+    return curves
 
 
 def mlflow_callback(mlflow: Any) -> Any:
@@ -204,7 +207,7 @@ def main(
     dev_examples: Path,
     checkpoints: Path,
     adapter: Path,
-    curve: Path,
+    curves: Path,
     metrics: Path,
     *,
     train: Params,
@@ -279,7 +282,9 @@ def main(
         with new_folder(adapter) as draft:
             trainer.model.save_pretrained(draft)
             (draft / "README.md").unlink(missing_ok=True)  # peft's empty model card
-        write_text(curve, curve_of(log))
+        with new_folder(curves) as draft:
+            for name, text in curves_of(log).items():
+                write_text(draft / name, text)
         on_gpu = torch.cuda.is_available()
         peak = torch.cuda.max_memory_allocated() / 1e6 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
         seen = sum(len(row.input_ids) for row in rows) * (trainer.state.epoch - earlier_epochs)

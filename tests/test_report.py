@@ -108,15 +108,18 @@ def write_run(folder: Path, reply: str = "It listens on port 5000.", questions: 
     for name, figures in METRICS.items():
         (metrics / f"{name}.json").write_text(json.dumps(figures))
     write_scores(folder, Scoreboard(confidence=0.95, recall=scores_of(6), held_out=scores_of(3, -0.3)))
-    curve = [f"{step},{2.5 / (1 + step / 40):.3f},train" for step in range(5, 325, 5)]
-    curve += [f"{step},{2.6 / (1 + step / 60):.3f},dev" for step in range(40, 325, 40)]
-    (folder / "reports/loss.csv").write_text("\n".join(["step,loss,split", *curve]) + "\n")
+    curves = folder / "reports/curves"
+    curves.mkdir(exist_ok=True)
+    trained = [f"{step},{2.5 / (1 + step / 40):.3f},{0.001 * (1 - step / 325):.5f},0.5" for step in range(5, 325, 5)]
+    (curves / "train.csv").write_text("\n".join(["step,loss,learning_rate,grad_norm", *trained]) + "\n")
+    unseen = [f"{step},{2.6 / (1 + step / 60):.3f}" for step in range(40, 325, 40)]
+    (curves / "dev.csv").write_text("\n".join(["step,loss", *unseen]) + "\n")
     (folder / "params.yaml").write_text(PARAMS)
     written = ["report.md", "report.html", "loss.png", "scores.png"]
     return [
         data,
         metrics,
-        folder / "reports/loss.csv",
+        curves,
         folder / "params.yaml",
         folder / "reports/coverage.png",
         *(folder / "reports" / name for name in written),
@@ -335,17 +338,17 @@ def test_a_changed_loss_or_score_changes_its_picture(tmp_path: Path) -> None:
     paths = write_run(tmp_path)
     write_report(paths)
     loss, scores = paths[7].read_bytes(), paths[8].read_bytes()
-    paths[2].write_text("step,loss,split\n5,2.0,train\n")
+    (paths[2] / "train.csv").write_text("step,loss,learning_rate,grad_norm\n5,2.0,0.001,0.5\n")
     write_scores(tmp_path, Scoreboard(confidence=0.95, recall=scores_of(6)))
     write_report(paths)
     assert paths[7].read_bytes() != loss and paths[8].read_bytes() != scores
 
 
-@pytest.mark.parametrize("line", ["5,low,train", "5,2.0,test", "5,2.0", ",2.0,dev"])
+@pytest.mark.parametrize("line", ["5,low", "5", ",2.0"])
 def test_a_line_that_is_not_a_loss_is_named(tmp_path: Path, line: str) -> None:
     paths = write_run(tmp_path)
-    paths[2].write_text(f"step,loss,split\n1,2.0,train\n{line}\n")
-    with pytest.raises(BadInput, match=r"loss.csv:3: .* is not step,loss,split"):
+    (paths[2] / "dev.csv").write_text(f"step,loss\n1,2.0\n{line}\n")
+    with pytest.raises(BadInput, match=r"dev.csv:3: .* does not begin with step,loss"):
         write_report(paths)
 
 

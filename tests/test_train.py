@@ -17,7 +17,7 @@ from stages.files import sha256_of_file
 from stages.params import Models, Tracking
 from stages.program import BadInput, BadModelFile
 from stages.records import Example, Message, write_records
-from stages.train import Params, curve_of, last_checkpoint, lora_model, main
+from stages.train import Params, curves_of, last_checkpoint, lora_model, main
 
 TRAIN = Params(
     engine="trl",
@@ -98,7 +98,7 @@ class Project:
         self.folder, self.settings = folder, but(**changes)
         self.train, self.dev = folder / "train.jsonl", folder / "dev.jsonl"
         self.checkpoints, self.adapter = folder / "checkpoints", folder / "adapter"
-        self.curve, self.metrics = folder / "loss.csv", folder / "train.json"
+        self.curves, self.metrics = folder / "curves", folder / "train.json"
         self.models = Models(base=str(base), teacher="", embedder="")
         self.tracking = Tracking(uri=f"sqlite:///{folder}/mlflow.db", experiment="test", model_name="test")
         write_records(self.train, EXAMPLES)
@@ -106,7 +106,7 @@ class Project:
 
     @property
     def paths(self) -> list[Path]:
-        return [self.train, self.dev, self.checkpoints, self.adapter, self.curve, self.metrics]
+        return [self.train, self.dev, self.checkpoints, self.adapter, self.curves, self.metrics]
 
     def run(self) -> dict[str, Any]:
         with pytest.MonkeyPatch.context() as patch:
@@ -125,8 +125,10 @@ class Project:
             command, cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
-    def losses(self) -> list[tuple[int, str]]:
-        return [(int(row["step"]), row["split"]) for row in csv.DictReader(self.curve.open())]
+    def losses(self, split: str) -> dict[int, float]:
+        """The loss by step."""
+        with (self.curves / f"{split}.csv").open() as lines:
+            return {int(row["step"]): float(row["loss"]) for row in csv.DictReader(lines)}
 
 
 class Trained(NamedTuple):
@@ -153,13 +155,12 @@ def test_a_run_leaves_an_adapter_of_safetensors_whose_weights_have_moved(trained
     assert not trained.project.checkpoints.exists()
 
 
-def test_the_curve_has_a_train_row_for_each_step_and_dev_rows(trained: Trained) -> None:
-    rows = trained.project.losses()
-    assert [step for step, split in rows if split == "train"] == [1, 2, 3]
-    assert [step for step, split in rows if split == "dev"] == [2, 3]
-    losses = [float(row["loss"]) for row in csv.DictReader(trained.project.curve.open()) if row["split"] == "train"]
-    assert losses[-1] < losses[0]
-    assert trained.metrics["final_loss"] == losses[-1]
+def test_the_curves_have_a_row_for_each_step_that_was_logged(trained: Trained) -> None:
+    losses = trained.project.losses("train")
+    assert list(losses) == [1, 2, 3]
+    assert list(trained.project.losses("dev")) == [2, 3]
+    assert losses[3] < losses[1]
+    assert trained.metrics["final_loss"] == pytest.approx(losses[3], rel=1e-3)
 
 
 def test_the_metrics_say_what_was_trained(trained: Trained) -> None:
@@ -243,7 +244,7 @@ def test_a_killed_run_resumes_from_its_checkpoint(tiny_folder: Path, tmp_path: P
     resumed = int(said.partition("train: resumes from ")[2].splitlines()[0].rpartition("checkpoint-")[2])
     assert reached - 1 <= resumed <= reached  # the last one may have been half written
     assert json.loads(project.metrics.read_text())["steps"] == 20
-    assert [step for step, split in project.losses() if split == "train"] == [5, 10, 15, 20]
+    assert list(project.losses("train")) == [5, 10, 15, 20]
     assert not project.checkpoints.exists()
 
 
@@ -283,12 +284,15 @@ def test_a_loss_that_was_never_logged_is_not_called_a_broken_one(trained: Traine
     assert metrics["final_loss"] > 1
 
 
-def test_the_curve_has_a_row_for_each_logged_loss() -> None:
+def test_the_curves_have_a_row_for_each_logged_loss() -> None:
     log = [
-        {"loss": 2.5, "step": 5, "learning_rate": 0.1},
+        {"loss": 2.5, "step": 5, "learning_rate": 0.001, "grad_norm": 0.25},
         {"eval_loss": 2.25, "step": 5},
-        {"loss": 1.00004, "step": 10},
+        {"loss": 1.00004, "step": 10, "learning_rate": 0.0005, "grad_norm": 1.0},
         {"train_runtime": 3.0, "step": 10},
     ]
-    assert curve_of(log) == "step,loss,split\n5,2.5000,train\n5,2.2500,dev\n10,1.0000,train\n"
-    assert curve_of([]) == "step,loss,split\n"
+    assert curves_of(log) == {
+        "train.csv": "step,loss,learning_rate,grad_norm\n5,2.5,0.001,0.25\n10,1,0.0005,1\n",
+        "dev.csv": "step,loss\n5,2.25\n",
+    }
+    assert curves_of([])["dev.csv"] == "step,loss\n"
