@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -32,6 +33,12 @@ class Exported(NamedTuple):
     gguf: Path
     metrics: Path
     said: str
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interrupts_reach_what_tests_start() -> None:
+    """A shell starts background jobs with SIGINT ignored, and so would all that they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
