@@ -438,6 +438,13 @@ def test_a_general_conversation_like_a_question_that_is_asked_is_not_trained() -
     assert len(trained) == 59 and "What is the capital of Japan?" not in trained
 
 
+@pytest.mark.parametrize("name", ASKED)
+def test_what_a_set_asks_is_left_out_of_the_general_examples_of_the_stage(name: str, tmp_path: Path) -> None:
+    one = getattr(part(corpus(), SPLIT), name)[0]
+    pairs = [evolve(pair, question="What is the capital of Japan?") if pair == one else pair for pair in corpus()]
+    assert outputs(tmp_path, pairs, with_share(0.9))[3]["general"] == 59
+
+
 def test_general_examples_are_added_to_the_training_file_and_change_nothing_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
