@@ -90,7 +90,7 @@ class Evidence(msgspec.Struct, frozen=True):
 
 
 class Row(Record):
-    """A conversation, and one Evidence for each of its questions. id = that of the Example or Question."""
+    """A conversation, and one Evidence for each of its questions, none where it is general. id = that of the Example or Question."""
 
     messages: tuple[Message, ...]
     evidence: tuple[Evidence, ...]
@@ -205,18 +205,20 @@ def main(data: Path, metrics: Path, params: Path, out: Path, *, collect: Sources
     sources = sorted({document.source for document in documents.values()})
     is_judged = bool(dig(figures, "judge", "used"))
     total = sum(map(len, splits.values()))
+    general = sum(not one.evidence for one in splits["train"])
     kinds = Counter(one.kind for one in findings)
     card = template("dataset_card.md.jinja").render(
         figure=lambda *keys, form="{:,}": measured(dig(figures, *keys), form),
         counts_of=lambda *keys: dig(figures, *keys),
         name=", ".join(sources) if len(sources) < 4 else f"{len(sources)} sources",
-        licences=hub_licences(stated[name].license for name in sources),
+        licences=hub_licences([*(stated[name].license for name in sources), *["Apache-2.0"][:general]]),
         languages=main_languages(dig(figures, "measure", "languages")),
         size=next((name for limit, name in SIZES if total < limit), "1M<n<10M"),
         splits=[name for name, rows in splits.items() if rows],
         split_rows=split_rows(splits),
         types=get_args(QuestionType),
-        rows=total,
+        rows=total - general,
+        general=general,
         documents=len(documents),
         sources=source_rows(documents.values(), stated, top_files),
         teacher=teacher_of(settings),

@@ -2,7 +2,8 @@
 
 Some sections are held out whole: their questions show what the model says about what it never saw. From the other sections one
 wording of a fact goes to *recall* (or to dev, for the loss during training) and the fact's other wordings are trained. No question has
-a near-duplicate in training; before anything is written, the rules in split_suite.yaml are held against it. Costs seconds.
+a near-duplicate in training; before anything is written, the rules in split_suite.yaml are held against it. General conversations of
+general.yaml may be trained with them, against forgetting. Costs seconds.
 """
 
 import random
@@ -11,19 +12,20 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from stages.evidence import words
 from stages.files import write_json
-from stages.likeness import joined, near_duplicates
+from stages.likeness import MIN_JACCARD, joined, near_duplicates
 from stages.params import Count, Share
 from stages.program import LimitBroken, run, say
-from stages.records import Example, Message, Pair, Question, by_id, content_id, read_records, write_records
+from stages.records import Example, Message, Pair, Question, Text, by_id, content_id, read_records, write_records
 from stages.rules import checking, read_rules
 
 SUITE = Path(__file__).with_name("split_suite.yaml")
+GENERAL = Path(__file__).with_name("general.yaml")
 FEW_DOCUMENTS = 4  # of fewer, the largest may well hold most of what there is to know
 SAME_QUOTE = 0.8  # Jaccard similarity of two quotes that say one thing
 
@@ -37,6 +39,15 @@ class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     turns: Annotated[int, msgspec.Meta(ge=2)]
     multi_turn_share: Share
     max_document_share: Share
+    general_share: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
+
+
+class General(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A conversation of one turn that no document says anything about. What is of the set `test` is never trained."""
+
+    set: Literal["train", "test"]
+    question: Text
+    answer: Text
 
 
 class Parts(msgspec.Struct, frozen=True):
@@ -172,6 +183,36 @@ def conversation(pairs: Sequence[Pair]) -> Example:
     return Example(id=content_id("example", ids), pair_ids=ids, document_id=pairs[0].document_id, messages=tuple(turns))
 
 
+def read_general(path: Path) -> list[General]:
+    """The conversations of general.yaml, in file order."""
+    import yaml
+
+    return msgspec.convert(yaml.safe_load(path.read_text(encoding="utf-8")), list[General])
+
+
+def general_examples(examples: int, asked: Sequence[str], split: Params) -> list[Example]:
+    """Examples of general.yaml's set `train` so that, beside `examples` others, they are `general_share` of all; fewer where it holds fewer.
+
+    None is like a question of `asked`. A larger share adds to what a smaller one chose.
+    """
+    if not split.general_share:
+        return []
+    known = [one for one in read_general(GENERAL) if one.set == "train"]
+    like = near_duplicates([*asked, *(one.question for one in known)], MIN_JACCARD)[len(asked) :]
+    free = [one for one, first in zip(known, like, strict=True) if first >= len(asked)]
+    wanted = round(examples * split.general_share / (1 - split.general_share))
+    chosen = sorted(free, key=lambda one: drawn_share(split.seed, one.question))[:wanted]
+    return [
+        Example(
+            id=content_id("general", one.question, one.answer),
+            pair_ids=(),
+            document_id="general",
+            messages=(Message("user", one.question), Message("assistant", one.answer)),
+        )
+        for one in chosen
+    ]
+
+
 def question_of(pair: Pair, name: str) -> Question:
     return Question(
         id=content_id(name, pair.id),
@@ -225,21 +266,23 @@ def main(pairs: Path, train: Path, dev: Path, questions: Path, metrics: Path, *,
     examples = conversations(parts.train, split)
     watched = conversations(parts.dev, msgspec.structs.replace(split, multi_turn_share=0.0))
     asked = [question_of(pair, "recall") for pair in parts.recall] + [question_of(pair, "held_out") for pair in parts.held_out]
+    general = general_examples(len(examples), [one.question for one in [*parts.dev, *parts.recall, *parts.held_out]], split)
     documents = len({pair.document_id for pair in every})
     rules = read_rules(SUITE, split=msgspec.structs.replace(split, max_document_share=allowed_share(documents, split)))
     with tempfile.TemporaryDirectory() as unread, checking(Path(unread)) as check:
-        check("split", table(examples, watched, asked, by_id(every)), rules)
-    write_records(train, examples)
+        check("split", table([*examples, *general], watched, asked, by_id(every)), rules)
+    write_records(train, [*examples, *general])
     write_records(dev, watched)
     write_records(questions, asked)
     sizes = {name: len(getattr(parts, name)) for name in ("train", "dev", "recall", "held_out")}
     reasons = {reason: len(found) for reason, found in sorted(parts.unused.items())}
     unused = sum(reasons.values())
-    counts = {"pairs": len(every), "unused": unused, "examples": len(examples), "multi_turn": len(examples) - len(parts.train)}
-    write_json(metrics, counts | sizes | {"unused_by_reason": reasons})
+    kinds = {"multi_turn": len(examples) - len(parts.train), "general": len(general)}
+    counts = {"pairs": len(every), "unused": unused, "examples": len(examples) + len(general)}
+    write_json(metrics, counts | kinds | sizes | {"unused_by_reason": reasons})
     say(
         f"split: {len(every)} pairs = {sizes['train']} train + {sizes['dev']} dev + {sizes['recall']} recall"
-        f" + {sizes['held_out']} held out + {unused} unused; {counts['multi_turn']} multi-turn examples"
+        f" + {sizes['held_out']} held out + {unused} unused; {kinds['multi_turn']} multi-turn and {kinds['general']} general examples"
     )
 
 

@@ -191,6 +191,23 @@ def test_the_card_gives_the_figures_of_the_run(tmp_path: Path) -> None:
     assert "Of 40 sections 33 have a pair (82.5 %)" in card
 
 
+def test_general_rows_have_no_evidence_and_the_card_tells_them_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = write_inputs(tmp_path)
+    without = write_card(paths)
+    turns = Message("user", "Hello!"), Message("assistant", "Hello! What can I do for you?")
+    general = [Example(id=f"g{number}", pair_ids=(), document_id="general", messages=turns) for number in (1, 2)]
+    write_records(paths[0] / "train.jsonl", [*general, example("p1"), example("p2"), example("p1", "p2")])
+    card = write_card(paths, Sources(sources={"manual": Stated("MIT")}, remotes={"site": Stated("MIT")}))
+    assert "\n5 conversations about documentation" in card and "Of the rows of `train`, 2 are general conversations" in card
+    assert "\n| train | 5 | 4 | 2 | 0 | 2 | " in card and front_matter(card)["license"] == ["apache-2.0", "mit"]
+    assert "general conversation" not in without and "or of its messages" in card and "or of its messages" not in without
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    rows = datasets.load_dataset(str(paths[3]), cache_dir=str(tmp_path / "cache"))["train"]
+    assert sorted(row["id"] for row in rows if not row["evidence"]) == ["g1", "g2"] and rows.num_rows == 5
+
+
 def test_a_finding_is_counted_and_its_text_and_place_are_not_told(tmp_path: Path) -> None:
     card = write_card(write_inputs(tmp_path))
     assert "| hidden-text | 3 | 1 |" in card

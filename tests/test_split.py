@@ -7,9 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from stages.likeness import near_duplicates
 from stages.program import LimitBroken
-from stages.records import Example, Pair, Question, by_id, content_id, evolve, read_records, write_records
-from stages.split import Params, Parts, conversations, drawn_share, main, part
+from stages.records import Example, Message, Pair, Question, by_id, content_id, evolve, read_records, write_records
+from stages.split import GENERAL, Params, Parts, conversations, drawn_share, general_examples, main, part, read_general
 
 SPLIT = Params(
     seed=1,
@@ -20,6 +21,7 @@ SPLIT = Params(
     turns=3,
     multi_turn_share=0.5,
     max_document_share=0.5,
+    general_share=0.0,
 )
 ALL_TRAINED = msgspec.structs.replace(SPLIT, held_out_share=0.0, max_document_share=1.0)
 # what turning each setting must move; the value differs enough from SPLIT's to show in 80 facts
@@ -32,6 +34,7 @@ CHANGES = {
     "turns": 2,
     "multi_turn_share": 1.0,
     "max_document_share": 0.25,
+    "general_share": 0.1,
 }
 ASKED = ("dev", "recall", "held_out")
 
@@ -182,9 +185,9 @@ def test_the_files_keep_questions_and_training_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "value"), CHANGES.items())
 def test_each_setting_changes_the_output(name: str, value: Any) -> None:
-    def output(split: Params) -> tuple[Parts, list[Example]]:
+    def output(split: Params) -> tuple[Parts, list[Example], list[Example]]:
         parts = part(corpus(), split)
-        return parts, conversations(parts.train, split)
+        return parts, conversations(parts.train, split), general_examples(100, [], split)
 
     assert output(msgspec.structs.replace(SPLIT, **{name: value})) != output(SPLIT)
 
@@ -375,3 +378,89 @@ def test_pairs_with_planted_leaks_are_parted_so_that_no_rule_fails(tmp_path: Pat
     assert metrics["unused_by_reason"]["held-out-overlap"] > 0 and metrics["unused_by_reason"]["like-a-question"] > 0
     assert metrics["pairs"] == 200 == sum(metrics[name] for name in ("train", *ASKED, "unused"))
     assert metrics["unused"] == sum(metrics["unused_by_reason"].values())
+
+
+# general examples
+
+
+def with_share(share: float, seed: int = 1) -> Params:
+    return msgspec.structs.replace(SPLIT, general_share=share, seed=seed)
+
+
+def said_in(example: Example) -> tuple[str, str]:
+    user, assistant = example.messages
+    assert (user.role, assistant.role) == ("user", "assistant")
+    return user.content, assistant.content
+
+
+def test_general_conversations_are_60_to_train_and_20_to_test_and_no_two_are_alike() -> None:
+    known = read_general(GENERAL)
+    assert [sum(one.set == name for one in known) for name in ("train", "test")] == [60, 20] and len(known) == 80
+    questions = [one.question for one in known]
+    assert near_duplicates(questions, 0.4) == list(range(80))  # the rules of pairs ask for 0.8
+    assert len({one.answer.lower() for one in known}) == 80
+    for one in known:
+        assert one.question == one.question.strip() and one.answer == one.answer.strip() and one.answer
+        assert len(one.answer.split()) <= 45, one.answer
+
+
+def test_answers_in_json_are_json() -> None:
+    answers = [one.answer for one in read_general(GENERAL) if "JSON" in one.question]
+    assert [json.loads(answer) for answer in sorted(answers)] == [
+        ["Saturday", "Sunday"],
+        {"city": "Oslo"},
+        {"name": "Anna", "age": 31},
+    ]
+
+
+def test_general_examples_reach_their_share_of_all_examples() -> None:
+    assert [len(general_examples(count, [], with_share(0.1))) for count in (0, 90, 100, 360)] == [0, 10, 11, 40]
+    assert len(general_examples(30, [], with_share(0.25))) == 10
+    assert len(general_examples(5000, [], with_share(0.9))) == 60  # none is trained twice
+    assert general_examples(90, [], with_share(0.0)) == []
+
+
+def test_general_examples_are_of_the_set_train_and_never_of_the_set_test() -> None:
+    known = {name: {(one.question, one.answer) for one in read_general(GENERAL) if one.set == name} for name in ("train", "test")}
+    every = general_examples(5000, [], with_share(0.5))
+    assert {said_in(one) for one in every} == known["train"] and not {said_in(one) for one in every} & known["test"]
+    assert {(one.pair_ids, one.document_id) for one in every} == {((), "general")} and len({one.id for one in every}) == 60
+
+
+def test_the_seed_chooses_general_examples_and_a_larger_share_adds_to_a_smaller() -> None:
+    chosen = [{one.id for one in general_examples(90, [], with_share(*how))} for how in ((0.1, 1), (0.1, 1), (0.1, 2), (0.2, 1))]
+    assert chosen[0] == chosen[1] != chosen[2] and chosen[0] < chosen[3] and len(chosen[3]) == 22
+
+
+def test_a_general_conversation_like_a_question_that_is_asked_is_not_trained() -> None:
+    asked = ["what is the CAPITAL of japan", "What is the largest ocean on earth?", "Something else?"]
+    trained = [said_in(one)[0] for one in general_examples(5000, asked, with_share(0.5))]
+    assert len(trained) == 59 and "What is the capital of Japan?" not in trained
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_a_set_asks_is_left_out_of_the_general_examples_of_the_stage(name: str, tmp_path: Path) -> None:
+    one = getattr(part(corpus(), SPLIT), name)[0]
+    pairs = [evolve(pair, question="What is the capital of Japan?") if pair == one else pair for pair in corpus()]
+    assert outputs(tmp_path, pairs, with_share(0.9))[3]["general"] == 59
+
+
+def test_general_examples_are_added_to_the_training_file_and_change_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, dev, questions, metrics = outputs(tmp_path, corpus(), SPLIT)
+    more, same_dev, same_questions, counted = outputs(tmp_path, corpus(), with_share(0.1))
+    general = [one for one in more if not one.pair_ids]
+    assert [one for one in more if one.pair_ids] == train and (same_dev, same_questions) == (dev, questions)
+    assert len(general) == counted["general"] == round(len(train) / 9) > 10 and metrics["general"] == 0
+    assert abs(len(general) / len(more) - 0.1) < 0.005
+    assert counted == metrics | {"general": len(general), "examples": len(more)}
+    assert f" multi-turn and {len(general)} general examples\n" in capsys.readouterr().out
+
+
+def test_a_general_example_that_asks_a_question_of_a_set_fails_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Message("user", part(corpus(), SPLIT).held_out[0].question.upper()), Message("assistant", "Yes.")
+    leak = Example(id="leak", pair_ids=(), document_id="general", messages=turns)
+    monkeypatch.setattr("stages.split.general_examples", lambda examples, asked, split: [leak])
+    with pytest.raises(LimitBroken, match="the critical rule question-trained failed for 1 rows"):
+        outputs(tmp_path, corpus(), SPLIT)

@@ -213,7 +213,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Example(Record):
-    """A conversation to train on, without its system message. id = hash(pair ids)."""
+    """A conversation to train on, without its system message. id = hash(pair ids); a general one has no pair, so id = hash(messages)."""
 
     pair_ids: tuple[str, ...]
     document_id: Text
