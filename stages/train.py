@@ -7,11 +7,10 @@ output: a stopped run resumes from the last one when data and settings are the s
 import csv
 import functools
 import io
-import os
 import resource
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +22,10 @@ from stages.params import Chat, Count, Models, NonNegative, Positive, Share, Tra
 from stages.program import BadInput, BadModelFile, LimitBroken, run, say
 from stages.records import Example, content_id, read_records
 from stages.tracking import connect, dvc_md5, git_commit
-from stages.training.batches import pack, tokenise
+from stages.training.batches import Tokens, pack, tokenise
+from stages.training.checkpoints import epochs_of, last_checkpoint, resumable
+from stages.training.estimate import bar, estimate_of
+from stages.training.memory import fitting
 
 
 class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,7 +45,7 @@ class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lr_scheduler_type: str
     optim: str
     weight_decay: NonNegative
-    per_device_train_batch_size: Positive
+    per_device_train_batch_size: Positive | Literal["auto"]  # auto: as many, up to 8, as memory holds
     gradient_accumulation_steps: Positive
     logging_steps: Positive
     eval_steps: Positive
@@ -144,7 +146,7 @@ def training_arguments(train: Params, checkpoints: Path) -> Any:
         eval_strategy="steps",
         eval_steps=train.eval_steps,
         save_steps=train.save_steps,
-        save_total_limit=1,
+        save_total_limit=2,  # the one before is there until a new one is whole
         seed=train.seed,
         bf16=on_gpu and has_bf16(),  # on a CPU the weights are bf16 already, and autocast would only cost
         fp16=on_gpu and not has_bf16(),
@@ -152,7 +154,7 @@ def training_arguments(train: Params, checkpoints: Path) -> Any:
         gradient_checkpointing=on_gpu,
         packing=False,
         report_to="none",
-        disable_tqdm=bool(os.environ.get("TQDM_DISABLE")),
+        disable_tqdm=True,  # `bar` knows where a resumed run begins
         dataloader_pin_memory=on_gpu,
     )
 
@@ -187,19 +189,42 @@ def mlflow_callback(mlflow: Any) -> Any:
     return ToMlflow()
 
 
-def last_checkpoint(checkpoints: Path, fingerprint: str) -> str | None:
-    """The checkpoint to resume from; checkpoints of other data or settings are removed first."""
-    mark = checkpoints / "fingerprint"
-    if not mark.is_file() or mark.read_text(encoding="utf-8") != fingerprint:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        write_text(mark, fingerprint)
-    whole = [state.parent for state in checkpoints.glob("checkpoint-*/trainer_state.json")]  # the file that is written last
-    return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None
+def trainer_of(
+    load_model: Callable[[Path, Params], Any],
+    folder: Path,
+    tokenizer: Any,
+    rows: Sequence[Tokens],
+    dev_rows: Sequence[Tokens],
+    checkpoints: Path,
+    train: Params,
+    callbacks: Sequence[Any] = (),
+) -> Any:
+    """A trainer for the base model in `folder` with fresh adapters: with one seed, always the same."""
+    import torch
 
+    torch.manual_seed(train.seed)
+    model = load_model(folder, train)
+    from datasets import Dataset  # after Unsloth
+    from transformers import PrinterCallback
+    from trl import SFTTrainer
 
-def epochs_of(checkpoint: Path) -> float:
-    """How many epochs were done when `checkpoint` was written."""
-    return float(msgspec.json.decode((checkpoint / "trainer_state.json").read_bytes())["epoch"])
+    trainer_class: Any = SFTTrainer
+    if not torch.cuda.is_available():
+        from stages.training.packed import PackedTrainer, keep_memory, pack_model
+
+        keep_memory()
+        pack_model(model)
+        trainer_class = functools.partial(PackedTrainer, data_collator=pack)
+    trainer = trainer_class(
+        model=model,
+        args=training_arguments(train, checkpoints),
+        train_dataset=Dataset.from_list([msgspec.to_builtins(row) for row in rows]),
+        eval_dataset=Dataset.from_list([msgspec.to_builtins(row) for row in dev_rows]),
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints a line for each logged step; MLflow has them
+    return trainer
 
 
 def main(
@@ -214,6 +239,7 @@ def main(
     models: Models,
     chat: Chat,
     tracking: Tracking,
+    estimate: bool = False,
 ) -> None:
     import torch
 
@@ -229,15 +255,16 @@ def main(
     dev_rows = tokenise(unseen, tokenizer, chat.system_prompt, train.max_length)
 
     torch.set_num_threads(free_cores())
-    torch.manual_seed(train.seed)
     base_sha256 = model_sha256(models.base)
-    fingerprint = content_id(sha256_of_file(train_examples), train, chat, base_sha256)
-    model = (unsloth_model if by_unsloth else lora_model)(folder, train)
+    fingerprint = content_id(sha256_of_file(train_examples), sha256_of_file(dev_examples), train, chat, base_sha256)
+    build = functools.partial(
+        trainer_of, unsloth_model if by_unsloth else lora_model, folder, tokenizer, rows, dev_rows, checkpoints
+    )
+    if estimate:
+        say(f"train: {fitting(train, build, lambda trainer: estimate_of(trainer, rows), rows)}; nothing was trained")
+        return
     mlflow_client = connect(tracking)
     import mlflow
-    from datasets import Dataset
-    from transformers import PrinterCallback
-    from trl import SFTTrainer
 
     with mlflow.start_run(run_name=f"train-{fingerprint[:8]}") as active:
         settings = msgspec.to_builtins(train) | {"base": models.base, "base_sha256": base_sha256}
@@ -246,29 +273,18 @@ def main(
         for path, context in ((train_examples, "training"), (dev_examples, "validation")):
             digest = dvc_md5(path.as_posix()) or sha256_of_file(path)[:36]
             log_dataset(mlflow, path, digest, context)
-        trainer_class: Any = SFTTrainer
-        if not torch.cuda.is_available():
-            from stages.training.packed import PackedTrainer, keep_memory, pack_model
 
-            keep_memory()
-            pack_model(model)
-            trainer_class = functools.partial(PackedTrainer, data_collator=pack)
-        trainer = trainer_class(
-            model=model,
-            args=training_arguments(train, checkpoints),
-            train_dataset=Dataset.from_list([msgspec.to_builtins(row) for row in rows]),
-            eval_dataset=Dataset.from_list([msgspec.to_builtins(row) for row in dev_rows]),
-            processing_class=tokenizer,
-            callbacks=[mlflow_callback(mlflow)],
-        )
-        trainer.remove_callback(PrinterCallback)  # it prints a line for each logged step; MLflow has them
-        resumed = last_checkpoint(checkpoints, fingerprint)
-        if resumed:
-            say(f"train: resumes from {resumed}")
-        earlier_epochs = epochs_of(Path(resumed)) if resumed else 0.0
-        started = time.monotonic()
-        trainer.train(resume_from_checkpoint=resumed)
-        seconds = time.monotonic() - started
+        def finish(trainer: Any) -> tuple[Any, float, float]:
+            resumed = last_checkpoint(checkpoints, fingerprint)
+            if resumed:
+                say(f"train: resumes from {resumed}")
+            earlier_epochs = epochs_of(Path(resumed)) if resumed else 0.0
+            started = time.monotonic()
+            trainer.train(resume_from_checkpoint=resumed)
+            return trainer, trainer.state.epoch - earlier_epochs, time.monotonic() - started
+
+        callbacks = [mlflow_callback(mlflow), resumable(), bar()]
+        trainer, epochs, seconds = fitting(train, functools.partial(build, callbacks=callbacks), finish, rows)
         log = trainer.state.log_history
         # a run shorter than logging_steps has its mean alone
         losses = [entry["loss"] for entry in log if "loss" in entry] or [
@@ -287,7 +303,7 @@ def main(
                 write_text(draft / name, text)
         on_gpu = torch.cuda.is_available()
         peak = torch.cuda.max_memory_allocated() / 1e6 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-        seen = sum(len(row.input_ids) for row in rows) * (trainer.state.epoch - earlier_epochs)
+        seen = sum(len(row.input_ids) for row in rows) * epochs
         figures = {
             "seconds": round(seconds, 1),
             "tokens_per_s": round(seen / seconds, 1),
@@ -300,6 +316,7 @@ def main(
             "steps": trainer.state.global_step,
             "epochs": round(trainer.state.epoch, 2),
             "examples": len(rows),
+            "per_device_train_batch_size": trainer.args.per_device_train_batch_size,
             "trainer": "unsloth" if by_unsloth else "trl",
             "device": torch.cuda.get_device_name()
             if on_gpu

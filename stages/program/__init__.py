@@ -8,6 +8,7 @@ from stages.program.errors import (
     Busy,
     DocsmithError,
     LimitBroken,
+    OutOfMemory,
     ServerFailed,
 )
 from stages.program.progress import progress, say
@@ -21,6 +22,7 @@ __all__ = [
     "Busy",
     "DocsmithError",
     "LimitBroken",
+    "OutOfMemory",
     "ServerFailed",
     "end_with_parent",
     "progress",

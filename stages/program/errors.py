@@ -27,6 +27,10 @@ class ServerFailed(DocsmithError):
     """An LLM server did not start, or stopped answering."""
 
 
+class OutOfMemory(DocsmithError):
+    """What was asked for does not fit into this machine's memory."""
+
+
 class LimitBroken(DocsmithError):
     """A stage finished its work, and the result breaks a limit set in params.yaml."""
 

@@ -11,11 +11,11 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def progress(items: Iterable[Any] | None, label: str, total: int | None = None, unit: str = "it") -> Any:
-    """A tqdm bar with ETA over `items`; silent where `quieten` found nobody to look at it."""
+def progress(items: Iterable[Any] | None, label: str, total: int | None = None, unit: str = "it", done: int = 0) -> Any:
+    """A tqdm bar with ETA over `items`, of which `done` were there before; silent where `quieten` found nobody to look at it."""
     from tqdm import tqdm
 
-    return tqdm(items, desc=label, total=total, unit=unit, smoothing=0.1)
+    return tqdm(items, desc=label, total=total, unit=unit, initial=done, smoothing=0.1)
 
 
 def quieten() -> None:
