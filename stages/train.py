@@ -20,10 +20,11 @@ import msgspec
 from stages.files import new_folder, sha256_of_file, write_json, write_text
 from stages.models import as_hf_folder, free_cores, load_tokenizer, model_sha256
 from stages.params import Chat, Count, Models, NonNegative, Positive, Share, Tracking
-from stages.program import BadInput, BadModelFile, LimitBroken, run, say
+from stages.program import BadInput, BadModelFile, BadParams, LimitBroken, run, say
 from stages.records import Example, content_id, read_records
 from stages.tracking import connect, dvc_md5, git_commit
-from stages.training.batches import pack, tokenise
+from stages.training.batches import Tokens, pack, tokenise
+from stages.training.ranks import first_says, is_one_of_several, join_ranks, rank, start_ranks, threads, wait_for_all
 
 
 class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,6 +46,7 @@ class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight_decay: NonNegative
     per_device_train_batch_size: Positive
     gradient_accumulation_steps: Positive
+    processes: Positive
     logging_steps: Positive
     eval_steps: Positive
     save_steps: Positive
@@ -154,7 +156,42 @@ def training_arguments(train: Params, checkpoints: Path) -> Any:
         report_to="none",
         disable_tqdm=bool(os.environ.get("TQDM_DISABLE")),
         dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,
     )
+
+
+def trainer_of(
+    model: Any, tokenizer: Any, rows: Sequence[Tokens], dev_rows: Sequence[Tokens], arguments: Any, by_unsloth: bool
+) -> Any:
+    """The trainer of `model` for this machine, with evaluation on `dev_rows`."""
+    import torch
+    from datasets import Dataset
+    from transformers import PrinterCallback
+
+    trainer_class: Any
+    if by_unsloth:
+        from trl import SFTTrainer
+
+        trainer_class = SFTTrainer
+    elif torch.cuda.is_available():
+        from stages.training.shared import SharedTrainer
+
+        trainer_class = SharedTrainer
+    else:
+        from stages.training.packed import PackedTrainer, keep_memory, pack_model
+
+        keep_memory()
+        pack_model(model)
+        trainer_class = functools.partial(PackedTrainer, data_collator=pack)
+    trainer = trainer_class(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list([msgspec.to_builtins(row) for row in rows]),
+        eval_dataset=Dataset.from_list([msgspec.to_builtins(row) for row in dev_rows]),
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints a line for each logged step; MLflow has them
+    return trainer
 
 
 def curve_of(log: Sequence[Mapping[str, Any]]) -> str:
@@ -214,10 +251,18 @@ def main(
 ) -> None:
     import torch
 
-    by_unsloth = train.engine == "unsloth" or (train.engine == "auto" and has_unsloth())
+    is_shared = train.processes > 1 or is_one_of_several()
+    if train.engine == "unsloth" and is_shared:
+        raise BadParams("train.engine unsloth trains in one process alone; set it to trl, or train.processes to 1")
+    if train.processes > 1 and not is_one_of_several():
+        paths = (train_examples, dev_examples, checkpoints, adapter, curve, metrics)
+        start_ranks(train.processes, main, *paths, train=train, models=models, chat=chat, tracking=tracking)
+        return
+    by_unsloth = train.engine == "unsloth" or (train.engine == "auto" and not is_shared and has_unsloth())
     if by_unsloth and not has_unsloth():
         raise BadModelFile("train.engine is unsloth, which needs a CUDA device and the package unsloth; set it to trl or auto")
-    folder = as_hf_folder(models.base)
+    join_ranks()
+    folder = first_says(lambda: as_hf_folder(models.base))
     tokenizer = load_tokenizer(folder)
     conversations, unseen = (read_records(path, Example) for path in (train_examples, dev_examples))
     if not conversations or not unseen:
@@ -225,16 +270,19 @@ def main(
     rows = tokenise(conversations, tokenizer, chat.system_prompt, train.max_length)
     dev_rows = tokenise(unseen, tokenizer, chat.system_prompt, train.max_length)
 
-    torch.set_num_threads(free_cores())
+    torch.set_num_threads(threads())
     torch.manual_seed(train.seed)
     base_sha256 = model_sha256(models.base)
     fingerprint = content_id(sha256_of_file(train_examples), train, chat, base_sha256)
     model = (unsloth_model if by_unsloth else lora_model)(folder, train)
+    trainer = trainer_of(model, tokenizer, rows, dev_rows, training_arguments(train, checkpoints), by_unsloth)
+    resumed = first_says(lambda: last_checkpoint(checkpoints, fingerprint))
+    if rank() > 0:
+        trainer.train(resume_from_checkpoint=resumed)
+        wait_for_all()
+        return
     mlflow_client = connect(tracking)
     import mlflow
-    from datasets import Dataset
-    from transformers import PrinterCallback
-    from trl import SFTTrainer
 
     with mlflow.start_run(run_name=f"train-{fingerprint[:8]}") as active:
         settings = msgspec.to_builtins(train) | {"base": models.base, "base_sha256": base_sha256}
@@ -243,29 +291,14 @@ def main(
         for path, context in ((train_examples, "training"), (dev_examples, "validation")):
             digest = dvc_md5(path.as_posix()) or sha256_of_file(path)[:36]
             log_dataset(mlflow, path, digest, context)
-        trainer_class: Any = SFTTrainer
-        if not torch.cuda.is_available():
-            from stages.training.packed import PackedTrainer, keep_memory, pack_model
-
-            keep_memory()
-            pack_model(model)
-            trainer_class = functools.partial(PackedTrainer, data_collator=pack)
-        trainer = trainer_class(
-            model=model,
-            args=training_arguments(train, checkpoints),
-            train_dataset=Dataset.from_list([msgspec.to_builtins(row) for row in rows]),
-            eval_dataset=Dataset.from_list([msgspec.to_builtins(row) for row in dev_rows]),
-            processing_class=tokenizer,
-            callbacks=[mlflow_callback(mlflow)],
-        )
-        trainer.remove_callback(PrinterCallback)  # it prints a line for each logged step; MLflow has them
-        resumed = last_checkpoint(checkpoints, fingerprint)
+        trainer.add_callback(mlflow_callback(mlflow))
         if resumed:
             say(f"train: resumes from {resumed}")
         earlier_epochs = epochs_of(Path(resumed)) if resumed else 0.0
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=resumed)
         seconds = time.monotonic() - started
+        wait_for_all()
         log = trainer.state.log_history
         # a run shorter than logging_steps has its mean alone
         losses = [entry["loss"] for entry in log if "loss" in entry] or [
