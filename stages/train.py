@@ -6,6 +6,7 @@ output: a stopped run resumes from the last one when data and settings are the s
 
 import csv
 import functools
+import importlib.metadata
 import io
 import resource
 import shutil
@@ -19,13 +20,16 @@ import msgspec
 from stages.files import new_folder, sha256_of_file, write_json, write_text
 from stages.models import as_hf_folder, free_cores, load_tokenizer, model_sha256
 from stages.params import Chat, Count, Models, NonNegative, Positive, Share, Tracking
-from stages.program import BadInput, BadModelFile, LimitBroken, run, say
+from stages.program import BadInput, BadModelFile, BadParams, LimitBroken, run, say
 from stages.records import Example, content_id, read_records
-from stages.tracking import connect, dvc_md5, git_commit
+from stages.tracking import dvc_md5, folder_md5, git_commit
+from stages.tracking.recorder import Recorder, recording
+from stages.training.batches import Tokens, pack, tokenise
 from stages.training.batches import Tokens, pack, tokenise
 from stages.training.checkpoints import epochs_of, last_checkpoint, resumable
 from stages.training.estimate import bar, estimate_of
 from stages.training.memory import fitting
+from stages.training.ranks import first_says, is_one_of_several, join_ranks, rank, start_ranks, threads, wait_for_all
 
 
 class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,6 +51,7 @@ class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight_decay: NonNegative
     per_device_train_batch_size: Positive | Literal["auto"]  # auto: as many, up to 8, as memory holds
     gradient_accumulation_steps: Positive
+    processes: Positive
     logging_steps: Positive
     eval_steps: Positive
     save_steps: Positive
@@ -156,6 +161,7 @@ def training_arguments(train: Params, checkpoints: Path) -> Any:
         report_to="none",
         disable_tqdm=True,  # `bar` knows where a resumed run begins
         dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,
     )
 
 
@@ -174,17 +180,37 @@ def curves_of(log: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return curves
 
 
-def mlflow_callback(mlflow: Any) -> Any:
-    """A trainer callback that sends each logged figure to the active MLflow run."""
+def recording_callback(recorder: Recorder, tokens: int) -> Any:
+    """A trainer callback that records each logged figure, the tokens per second since the one before, and the machine's load.
+
+    An epoch trains `tokens` tokens; the time of evaluations and checkpoints does not count.
+    """
     from transformers import TrainerCallback
 
     names = {"loss": "train_loss", "eval_loss": "dev_loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm"}
+    began = epoch = seconds = 0.0
 
     class ToMlflow(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            nonlocal epoch
+            epoch = state.epoch or 0.0
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            nonlocal began
+            began = time.monotonic()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            nonlocal seconds
+            seconds += time.monotonic() - began
+            recorder.look(state.global_step)
+
         def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+            nonlocal epoch, seconds
             figures = {names[name]: float(value) for name, value in (logs or {}).items() if name in names}
-            if figures:
-                mlflow.log_metrics(figures, step=state.global_step)
+            if "train_loss" in figures and seconds:
+                figures["tokens_per_s"] = tokens * (state.epoch - epoch) / seconds
+                epoch, seconds = state.epoch, 0.0
+            recorder.points(figures, state.global_step)
 
     return ToMlflow()
 
@@ -206,9 +232,10 @@ def trainer_of(
     model = load_model(folder, train)
     from datasets import Dataset  # after Unsloth
     from transformers import PrinterCallback
-    from trl import SFTTrainer
 
-    trainer_class: Any = SFTTrainer
+    from stages.training.shared import SharedTrainer
+
+    trainer_class: Any = SharedTrainer
     if not torch.cuda.is_available():
         from stages.training.packed import PackedTrainer, keep_memory, pack_model
 
@@ -243,47 +270,62 @@ def main(
 ) -> None:
     import torch
 
-    by_unsloth = train.engine == "unsloth" or (train.engine == "auto" and has_unsloth())
+    is_shared = train.processes > 1 or is_one_of_several()
+    if train.engine == "unsloth" and is_shared:
+        raise BadParams("train.engine unsloth trains in one process alone; set it to trl, or train.processes to 1")
+    if train.processes > 1 and not is_one_of_several() and not estimate:
+        paths = (train_examples, dev_examples, checkpoints, adapter, curves, metrics)
+        start_ranks(train.processes, main, *paths, train=train, models=models, chat=chat, tracking=tracking)
+        return
+    by_unsloth = train.engine == "unsloth" or (train.engine == "auto" and not is_shared and has_unsloth())
     if by_unsloth and not has_unsloth():
         raise BadModelFile("train.engine is unsloth, which needs a CUDA device and the package unsloth; set it to trl or auto")
-    folder = as_hf_folder(models.base)
+    join_ranks()
+    folder = first_says(lambda: as_hf_folder(models.base))
     tokenizer = load_tokenizer(folder)
     conversations, unseen = (read_records(path, Example) for path in (train_examples, dev_examples))
     if not conversations or not unseen:
         raise BadInput(f"{dev_examples if conversations else train_examples} holds no example; see reports/metrics/split.json")
     rows = tokenise(conversations, tokenizer, chat.system_prompt, train.max_length)
     dev_rows = tokenise(unseen, tokenizer, chat.system_prompt, train.max_length)
+    tokens = sum(len(row.input_ids) for row in rows)
 
-    torch.set_num_threads(free_cores())
+    torch.set_num_threads(threads())
     base_sha256 = model_sha256(models.base)
     fingerprint = content_id(sha256_of_file(train_examples), sha256_of_file(dev_examples), train, chat, base_sha256)
-    build = functools.partial(
-        trainer_of, unsloth_model if by_unsloth else lora_model, folder, tokenizer, rows, dev_rows, checkpoints
-    )
+    load_model = unsloth_model if by_unsloth else lora_model
+    build = functools.partial(trainer_of, load_model, folder, tokenizer, rows, dev_rows, checkpoints)
+
+    def finish(trainer: Any) -> tuple[Any, float, float]:
+        """`trainer` at its end, the epochs that it did now, and their seconds."""
+        resumed = first_says(lambda: last_checkpoint(checkpoints, fingerprint))
+        if resumed and rank() == 0:
+            say(f"train: resumes from {resumed}")
+        earlier_epochs = epochs_of(Path(resumed)) if resumed else 0.0
+        started = time.monotonic()
+        trainer.train(resume_from_checkpoint=resumed)
+        wait_for_all()
+        return trainer, trainer.state.epoch - earlier_epochs, time.monotonic() - started
+
     if estimate:
         say(f"train: {fitting(train, build, lambda trainer: estimate_of(trainer, rows), rows)}; nothing was trained")
         return
-    mlflow_client = connect(tracking)
-    import mlflow
-
-    with mlflow.start_run(run_name=f"train-{fingerprint[:8]}") as active:
+    if rank() > 0:
+        fitting(train, functools.partial(build, callbacks=[resumable()]), finish, rows)
+        return
+    resumes = last_checkpoint(checkpoints, fingerprint) is not None
+    with recording(tracking, f"train-{fingerprint[:8]}", resumes) as recorder:
         settings = msgspec.to_builtins(train) | {"base": models.base, "base_sha256": base_sha256}
-        mlflow.log_params({f"cfg.{name}": value for name, value in settings.items()})
-        mlflow.set_tags({"dvc.stage": "train", "git.commit": git_commit(), "trainer": "unsloth" if by_unsloth else "trl"})
-        for path, context in ((train_examples, "training"), (dev_examples, "validation")):
-            digest = dvc_md5(path.as_posix()) or sha256_of_file(path)[:36]
-            log_dataset(mlflow, path, digest, context)
-
-        def finish(trainer: Any) -> tuple[Any, float, float]:
-            resumed = last_checkpoint(checkpoints, fingerprint)
-            if resumed:
-                say(f"train: resumes from {resumed}")
-            earlier_epochs = epochs_of(Path(resumed)) if resumed else 0.0
-            started = time.monotonic()
-            trainer.train(resume_from_checkpoint=resumed)
-            return trainer, trainer.state.epoch - earlier_epochs, time.monotonic() - started
-
-        callbacks = [mlflow_callback(mlflow), resumable(), bar()]
+        versions = {f"version.{name}": importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "peft")}
+        recorder.note(
+            params={f"cfg.{name}": value for name, value in settings.items()},
+            tags={"dvc.stage": "train", "git.commit": git_commit(), "trainer": "unsloth" if by_unsloth else "trl"} | versions,
+            datasets=[
+                (path.stem, str(path), dvc_md5(path.as_posix()) or sha256_of_file(path)[:36], context)
+                for path, context in ((train_examples, "training"), (dev_examples, "validation"))
+            ],
+        )
+        callbacks = [recording_callback(recorder, tokens), resumable(), bar()]
         trainer, epochs, seconds = fitting(train, functools.partial(build, callbacks=callbacks), finish, rows)
         log = trainer.state.log_history
         # a run shorter than logging_steps has its mean alone
@@ -303,15 +345,13 @@ def main(
                 write_text(draft / name, text)
         on_gpu = torch.cuda.is_available()
         peak = torch.cuda.max_memory_allocated() / 1e6 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-        seen = sum(len(row.input_ids) for row in rows) * epochs
         figures = {
             "seconds": round(seconds, 1),
-            "tokens_per_s": round(seen / seconds, 1),
+            "tokens_per_s": round(tokens * epochs / seconds, 1),
             "peak_memory_mb": round(peak),
             "final_loss": round(losses[-1], 4),
             "dev_loss": round(dev_loss, 4),
         }
-        mlflow.log_metrics({f"final.{name}": value for name, value in figures.items()})
         facts = {
             "steps": trainer.state.global_step,
             "epochs": round(trainer.state.epoch, 2),
@@ -321,22 +361,17 @@ def main(
             "device": torch.cuda.get_device_name()
             if on_gpu
             else f"CPU, {free_cores()} cores, {'bf16' if has_bf16() else 'fp32'}",
-            "mlflow_run_id": active.info.run_id,
         }
-        mlflow_client.set_tag(active.info.run_id, "adapter.sha256", sha256_of_file(adapter / "adapter_model.safetensors"))
-        write_json(metrics, figures | facts)
+        recorder.points({f"final.{name}": value for name, value in figures.items()}, trainer.state.global_step)
+        weights = sha256_of_file(adapter / "adapter_model.safetensors")
+        recorder.note(
+            tags={"adapter.path": adapter.as_posix(), "adapter.sha256": weights, "adapter.dvc_md5": folder_md5(adapter)}
+        )
+    write_json(metrics, figures | facts | {"mlflow_run_id": recorder.run_id})
     shutil.rmtree(checkpoints, ignore_errors=True)
     say(
-        f"train: {facts['steps']} steps, loss {losses[0]:.2f} -> {figures['final_loss']:.2f}, dev {figures['dev_loss']:.2f}; MLflow run {facts['mlflow_run_id']}"
+        f"train: {facts['steps']} steps, loss {losses[0]:.2f} -> {figures['final_loss']:.2f}, dev {figures['dev_loss']:.2f}; {recorder.outcome}"
     )
-
-
-def log_dataset(mlflow: Any, path: Path, digest: str, context: str) -> None:
-    """Notes in the active run that `path` was read, with its DVC md5 as digest."""
-    from mlflow.data.meta_dataset import MetaDataset
-    from mlflow.data.sources import LocalArtifactDatasetSource
-
-    mlflow.log_input(MetaDataset(LocalArtifactDatasetSource(str(path)), name=path.stem, digest=digest), context=context)
 
 
 if __name__ == "__main__":

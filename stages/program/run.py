@@ -129,7 +129,8 @@ def _exit_on_signal(number: int, _frame: FrameType | None) -> None:
 def _only_run_of(name: str) -> Iterator[None]:
     """Holds .dvc/tmp/<name>.lock for the length of the run, or raises Busy with the holder's pid."""
     folder = Path(".dvc/tmp")
-    if not folder.parent.is_dir() or name in ("serve", "chat", "doctor"):
+    is_follower = os.environ.get("RANK", "0") != "0"  # of processes that train together, the first holds it for all
+    if not folder.parent.is_dir() or name in ("serve", "chat", "doctor") or is_follower:
         yield
         return
     folder.mkdir(exist_ok=True)

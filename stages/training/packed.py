@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear
 from transformers import AttentionInterface
-from trl import SFTTrainer
 
 from stages.program import BadModelFile
 from stages.training.batches import IGNORED
+from stages.training.shared import SharedTrainer
 
 NOT_HERE = ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling")  # what `answer_loss` leaves out
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # mallopt(3)
@@ -118,7 +118,7 @@ def with_lora(module: Any) -> Any:
     return forward
 
 
-class PackedTrainer(SFTTrainer):  # type: ignore[misc]
+class PackedTrainer(SharedTrainer):
     """TRL's trainer for a model of `pack_model`, with `pack` as its data collator."""
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
