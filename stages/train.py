@@ -6,6 +6,7 @@ output: a stopped run resumes from the last one when data and settings are the s
 
 import csv
 import functools
+import importlib.metadata
 import io
 import os
 import resource
@@ -22,7 +23,8 @@ from stages.models import as_hf_folder, free_cores, load_tokenizer, model_sha256
 from stages.params import Chat, Count, Models, NonNegative, Positive, Share, Tracking
 from stages.program import BadInput, BadModelFile, LimitBroken, run, say
 from stages.records import Example, content_id, read_records
-from stages.tracking import connect, dvc_md5, git_commit
+from stages.tracking import dvc_md5, folder_md5, git_commit
+from stages.tracking.recorder import Recorder, recording
 from stages.training.batches import pack, tokenise
 
 
@@ -169,17 +171,37 @@ def curve_of(log: Sequence[Mapping[str, Any]]) -> str:
     return table.getvalue()
 
 
-def mlflow_callback(mlflow: Any) -> Any:
-    """A trainer callback that sends each logged figure to the active MLflow run."""
+def recording_callback(recorder: Recorder, tokens: int) -> Any:
+    """A trainer callback that records each logged figure, the tokens per second since the one before, and the machine's load.
+
+    An epoch trains `tokens` tokens; the time of evaluations and checkpoints does not count.
+    """
     from transformers import TrainerCallback
 
     names = {"loss": "train_loss", "eval_loss": "dev_loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm"}
+    began = epoch = seconds = 0.0
 
     class ToMlflow(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            nonlocal epoch
+            epoch = state.epoch or 0.0
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            nonlocal began
+            began = time.monotonic()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            nonlocal seconds
+            seconds += time.monotonic() - began
+            recorder.look(state.global_step)
+
         def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+            nonlocal epoch, seconds
             figures = {names[name]: float(value) for name, value in (logs or {}).items() if name in names}
-            if figures:
-                mlflow.log_metrics(figures, step=state.global_step)
+            if "train_loss" in figures and seconds:
+                figures["tokens_per_s"] = tokens * (state.epoch - epoch) / seconds
+                epoch, seconds = state.epoch, 0.0
+            recorder.points(figures, state.global_step)
 
     return ToMlflow()
 
@@ -230,19 +252,24 @@ def main(
     base_sha256 = model_sha256(models.base)
     fingerprint = content_id(sha256_of_file(train_examples), train, chat, base_sha256)
     model = (unsloth_model if by_unsloth else lora_model)(folder, train)
-    mlflow_client = connect(tracking)
-    import mlflow
+    resumed = last_checkpoint(checkpoints, fingerprint)
+    tokens = sum(len(row.input_ids) for row in rows)
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
-    with mlflow.start_run(run_name=f"train-{fingerprint[:8]}") as active:
+    with recording(tracking, f"train-{fingerprint[:8]}", resumes=bool(resumed)) as recorder:
         settings = msgspec.to_builtins(train) | {"base": models.base, "base_sha256": base_sha256}
-        mlflow.log_params({f"cfg.{name}": value for name, value in settings.items()})
-        mlflow.set_tags({"dvc.stage": "train", "git.commit": git_commit(), "trainer": "unsloth" if by_unsloth else "trl"})
-        for path, context in ((train_examples, "training"), (dev_examples, "validation")):
-            digest = dvc_md5(path.as_posix()) or sha256_of_file(path)[:36]
-            log_dataset(mlflow, path, digest, context)
+        tags = {"dvc.stage": "train", "git.commit": git_commit(), "trainer": "unsloth" if by_unsloth else "trl"}
+        recorder.note(
+            params={f"cfg.{name}": value for name, value in settings.items()},
+            tags=tags
+            | {f"version.{name}": importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "peft")},
+            datasets=[
+                (path.stem, str(path), dvc_md5(path.as_posix()) or sha256_of_file(path)[:36], context)
+                for path, context in ((train_examples, "training"), (dev_examples, "validation"))
+            ],
+        )
         trainer_class: Any = SFTTrainer
         if not torch.cuda.is_available():
             from stages.training.packed import PackedTrainer, keep_memory, pack_model
@@ -256,10 +283,9 @@ def main(
             train_dataset=Dataset.from_list([msgspec.to_builtins(row) for row in rows]),
             eval_dataset=Dataset.from_list([msgspec.to_builtins(row) for row in dev_rows]),
             processing_class=tokenizer,
-            callbacks=[mlflow_callback(mlflow)],
+            callbacks=[recording_callback(recorder, tokens)],
         )
         trainer.remove_callback(PrinterCallback)  # it prints a line for each logged step; MLflow has them
-        resumed = last_checkpoint(checkpoints, fingerprint)
         if resumed:
             say(f"train: resumes from {resumed}")
         earlier_epochs = epochs_of(Path(resumed)) if resumed else 0.0
@@ -282,7 +308,7 @@ def main(
         write_text(curve, curve_of(log))
         on_gpu = torch.cuda.is_available()
         peak = torch.cuda.max_memory_allocated() / 1e6 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-        seen = sum(len(row.input_ids) for row in rows) * (trainer.state.epoch - earlier_epochs)
+        seen = tokens * (trainer.state.epoch - earlier_epochs)
         figures = {
             "seconds": round(seconds, 1),
             "tokens_per_s": round(seen / seconds, 1),
@@ -290,7 +316,7 @@ def main(
             "final_loss": round(losses[-1], 4),
             "dev_loss": round(dev_loss, 4),
         }
-        mlflow.log_metrics({f"final.{name}": value for name, value in figures.items()})
+        recorder.points({f"final.{name}": value for name, value in figures.items()}, trainer.state.global_step)
         facts = {
             "steps": trainer.state.global_step,
             "epochs": round(trainer.state.epoch, 2),
@@ -299,22 +325,16 @@ def main(
             "device": torch.cuda.get_device_name()
             if on_gpu
             else f"CPU, {free_cores()} cores, {'bf16' if has_bf16() else 'fp32'}",
-            "mlflow_run_id": active.info.run_id,
         }
-        mlflow_client.set_tag(active.info.run_id, "adapter.sha256", sha256_of_file(adapter / "adapter_model.safetensors"))
-        write_json(metrics, figures | facts)
+        weights = sha256_of_file(adapter / "adapter_model.safetensors")
+        recorder.note(
+            tags={"adapter.path": adapter.as_posix(), "adapter.sha256": weights, "adapter.dvc_md5": folder_md5(adapter)}
+        )
+    write_json(metrics, figures | facts | {"mlflow_run_id": recorder.run_id})
     shutil.rmtree(checkpoints, ignore_errors=True)
     say(
-        f"train: {facts['steps']} steps, loss {losses[0]:.2f} -> {figures['final_loss']:.2f}, dev {figures['dev_loss']:.2f}; MLflow run {facts['mlflow_run_id']}"
+        f"train: {facts['steps']} steps, loss {losses[0]:.2f} -> {figures['final_loss']:.2f}, dev {figures['dev_loss']:.2f}; {recorder.outcome}"
     )
-
-
-def log_dataset(mlflow: Any, path: Path, digest: str, context: str) -> None:
-    """Notes in the active run that `path` was read, with its DVC md5 as digest."""
-    from mlflow.data.meta_dataset import MetaDataset
-    from mlflow.data.sources import LocalArtifactDatasetSource
-
-    mlflow.log_input(MetaDataset(LocalArtifactDatasetSource(str(path)), name=path.stem, digest=digest), context=context)
 
 
 if __name__ == "__main__":
