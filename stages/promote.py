@@ -6,8 +6,6 @@ Takes a few seconds.
 """
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from stages.params import Tracking
 from stages.program import BadInput, BadModelFile, run, say
 from stages.release import SUMS_FILE, Release, read_release
 from stages.scoreboard import Scoreboard, read_scoreboard
-from stages.tracking import connect, git_commit, tracking_uri
+from stages.tracking import connect, folder_md5, git_commit, tracking_uri, without_secrets
 from stages.verdict import Gates, Verdict, judge
 
 SCORED = ("export", "answer", "evaluate")  # the stages between an adapter and its scores
@@ -69,16 +67,6 @@ def check_restored(folder: Path, hashes: dict[str, str]) -> None:
         raise BadModelFile(
             f"{folder}: its md5 is {found}, dvc.lock says {expected}, so the scores are not its own. Run: dvc pull {folder}"
         )
-
-
-def folder_md5(folder: Path) -> str:
-    """The hash that DVC gives to a folder: the md5 of a JSON list of its files' md5s and paths, by path."""
-    parts = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.is_file())
-    listed = []
-    for name, path in parts:
-        with open(path, "rb") as stream:
-            listed.append({"md5": hashlib.file_digest(stream, "md5").hexdigest(), "relpath": name})
-    return hashlib.md5(json.dumps(listed).encode()).hexdigest() + ".dir"
 
 
 def version_tags(release: Release, scores: Scoreboard, verdict: Verdict, sums: dict[str, str]) -> dict[str, str]:
@@ -135,8 +123,9 @@ def connected(tracking: Tracking) -> Iterator[Any]:
     try:
         yield connect(tracking)
     except MlflowException as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"MLflow at {tracking_uri(tracking)}: {reason}. Check tracking in params.yaml") from None
+        reason = without_secrets(str(error).splitlines()[0])
+        where = without_secrets(tracking_uri(tracking))
+        raise BadInput(f"MLflow at {where}: {reason}. Check tracking in params.yaml") from None
 
 
 def training_run(client: Any, train_metrics: Path) -> str | None:

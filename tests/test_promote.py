@@ -11,10 +11,10 @@ import pytest
 
 from stages.params import Tracking
 from stages.program import BadInput, BadModelFile
-from stages.promote import folder_md5, main
+from stages.promote import main
 from stages.release import Release, write_release
 from stages.scoreboard import Interval, Scoreboard, SetScores, SystemScores
-from stages.tracking import connect
+from stages.tracking import connect, folder_md5
 from stages.verdict import Gates, judge
 
 GATES = Gates(min_recall_gain=0.0, max_gguf_loss=0.03)
