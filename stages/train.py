@@ -25,7 +25,6 @@ from stages.records import Example, content_id, read_records
 from stages.tracking import dvc_md5, folder_md5, git_commit
 from stages.tracking.recorder import Recorder, recording
 from stages.training.batches import Tokens, pack, tokenise
-from stages.training.batches import Tokens, pack, tokenise
 from stages.training.checkpoints import epochs_of, last_checkpoint, resumable
 from stages.training.estimate import bar, estimate_of
 from stages.training.memory import fitting

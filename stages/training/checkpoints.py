@@ -45,19 +45,12 @@ def sums_of(checkpoint: Path) -> dict[str, str]:
 def resumable() -> Any:
     """A trainer callback that makes checkpoints whole, and the curve after them the one of a run without a stop.
 
-    transformers restores weights, optimizer, schedule, random numbers and the log, but not the order of an epoch that had begun,
-    nor the losses since the last entry of the log.
+    transformers restores weights, optimizer, schedule, random numbers and the log, but not the losses since the log's last entry.
     """
-    import torch
     from accelerate import PartialState
     from transformers import TrainerCallback
 
     class Resumable(TrainerCallback):  # type: ignore[misc]
-        def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
-            batches = train_dataloader.batch_sampler
-            batches = getattr(batches, "batch_sampler", batches)  # one process's share of them
-            batches.sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch or 0))
-
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             control.should_log |= control.should_save
 

@@ -57,7 +57,3 @@ class SharedTrainer(SFTTrainer):  # type: ignore[misc]
         # every process computes the whole dev loss: there is little of it, and unequal shares could not be averaged
         lengths = [len(row["input_ids"]) for row in eval_dataset]
         return Dealt(lengths, self.args.eval_batch_size, 1, 1, 0, lambda: self.args.seed)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # what is written next tells that the checkpoint is whole
