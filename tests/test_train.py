@@ -36,6 +36,7 @@ TRAIN = Params(
     weight_decay=0.0,
     per_device_train_batch_size=2,
     gradient_accumulation_steps=1,
+    processes=1,
     logging_steps=1,
     eval_steps=2,
     save_steps=1,
