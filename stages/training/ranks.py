@@ -3,17 +3,20 @@
 torch's elastic launcher starts them and, when one is killed, all again; an outside launcher such as torchrun may start them instead.
 """
 
+import logging
 import os
 import pickle
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stages.files import new_file
 from stages.models import free_cores
-from stages.program import BadParams, DocsmithError, LimitBroken, end_with_parent
+from stages.program import BadParams, DocsmithError, ServerFailed, end_with_parent, say
 
 RESTARTS = 3  # of all processes, after one was killed or lost the others
 TO_END_S = 5
@@ -47,6 +50,8 @@ def join_ranks(store: Any = None) -> None:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # its own name for it, cpu:0, is one that torch.load does not know
     os.environ.setdefault("OMP_NUM_THREADS", str(threads()))  # else accelerate counts cores that are not free
     place = {"rank": rank(), "world_size": int(os.environ["WORLD_SIZE"])} if store is not None else {}
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, **place)
@@ -73,8 +78,8 @@ def wait_for_all() -> None:
 def start_ranks(processes: int, main: Callable[..., object], *paths: Path, **sections: Any) -> None:
     """Runs `main` with the same arguments in `processes` processes of this machine, and ends with them.
 
-    When one is killed, or fails for another reason than a DocsmithError, all start again, a few times. Nothing listens beyond loopback.
-    Raises the DocsmithError that one of them raised; BadParams where there are fewer GPUs, LimitBroken when starting again did not help.
+    When one is killed or fails, all start again, a few times. Nothing listens beyond loopback.
+    Raises at once a DocsmithError, or an OSError about a file, that one of them raised; BadParams where there are fewer GPUs, ServerFailed when starting again did not help.
     """
     import torch
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -98,36 +103,47 @@ def start_ranks(processes: int, main: Callable[..., object], *paths: Path, **sec
             shutdown_timeout=TO_END_S,
         )
         refused = Path(folder, "refused")
+        for name in ("torch.distributed.elastic", "torch.multiprocessing"):  # pages for a process that was killed
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         try:
-            elastic_launch(config, _one)(Path(folder), main, paths, sections)
+            elastic_launch(config, _one)(os.getpid(), Path(folder), main, paths, sections)
         except SignalException as stopped:
             if stopped.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             sys.exit(128 + stopped.sigval)
         except ChildFailedError as failed:
             _, first = failed.get_first_failure()
-            raise LimitBroken(
-                f"a process of {processes} ended {RESTARTS + 1} times with code {first.exitcode}; the last words of the first are above"
-            ) from None
+            if not refused.is_file():
+                raise ServerFailed(
+                    f"of {processes} processes one ended with exit code {first.exitcode}, also after {RESTARTS} new starts; see above, then: dvc repro"
+                ) from None
         if refused.is_file():
             raise pickle.loads(refused.read_bytes())  # written by `_one`
 
 
-def _one(folder: Path, main: Callable[..., object], paths: tuple[Path, ...], sections: dict[str, Any]) -> None:
-    """What each process does. A DocsmithError is for the person to answer: when all start again, they end at once."""
+def _one(stage: int, folder: Path, main: Callable[..., object], paths: tuple[Path, ...], sections: dict[str, Any]) -> None:
+    """What each process does. What a person has to answer ends all of them: when they start again, they stop at once."""
     end_with_parent(signal.SIGKILL)  # in a collective, a process would not notice another signal
+    if os.getppid() != stage:  # it ended before the call above
+        return
     refused = folder / "refused"
     if refused.is_file():
         return
     import torch.distributed as dist
 
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    if attempt != "0" and rank() == 0:
+        say(f"train: a process was lost; all start again ({attempt} of {RESTARTS} times)")
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
     join_ranks(dist.FileStore(f"{folder}/store-{attempt}", int(os.environ["WORLD_SIZE"])))
     try:
         main(*paths, **sections)
-    except DocsmithError as error:
-        refused.write_bytes(pickle.dumps(error))
+    except Exception as error:
+        if isinstance(error, DocsmithError) or (isinstance(error, OSError) and error.filename):
+            with new_file(refused) as draft:
+                draft.write_bytes(pickle.dumps(error))
+        else:
+            traceback.print_exc()
         raise
     dist.destroy_process_group()

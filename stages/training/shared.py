@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.trainer_pt_utils import BatchRebalanceSampler, get_length_grouped_indices
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from trl import SFTTrainer
 
 
@@ -21,15 +21,19 @@ def deal(batch: Sequence[int], size: int, ranks: int) -> list[list[list[int]]]:
 
 
 class Dealt(BatchRebalanceSampler):  # type: ignore[misc]
-    """For one process its parts of a trainer's batches of conversations of like length; accelerate deals those of this parent out no more."""
+    """For one process its parts of the trainer's batches of conversations of like length.
 
-    def __init__(self, lengths: Sequence[int], size: int, rounds: int, ranks: int, rank: int, seed: Callable[[], int]) -> None:
+    A subclass of the one sampler whose batches accelerate does not deal out a second time. `seed` is asked when an epoch begins.
+    """
+
+    def __init__(self, lengths: list[int], size: int, rounds: int, ranks: int, rank: int, seed: Callable[[], int]) -> None:
         super().__init__(lengths, size * rounds * ranks, ranks, rounds, rank=rank, drop_last=False)
-        self.size, self.of_now = size, seed
+        self.sampler = LengthGroupedSampler(self.effective_batch_size, lengths=lengths)
+        self.size, self.seed_now = size, seed
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.of_now())
-        order = get_length_grouped_indices(self.lengths, self.effective_batch_size, generator=generator)
+        self.sampler.generator = torch.Generator().manual_seed(self.seed_now())
+        order = list(self.sampler)
         for start in range(0, len(order), self.effective_batch_size):
             yield from deal(order[start : start + self.effective_batch_size], self.size, self.dp_size)[self.rank]
 
