@@ -252,13 +252,13 @@ def main(
     base_sha256 = model_sha256(models.base)
     fingerprint = content_id(sha256_of_file(train_examples), train, chat, base_sha256)
     model = (unsloth_model if by_unsloth else lora_model)(folder, train)
-    resumed = last_checkpoint(checkpoints, fingerprint)
     tokens = sum(len(row.input_ids) for row in rows)
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
-    with recording(tracking, f"train-{fingerprint[:8]}", resumes=bool(resumed)) as recorder:
+    resumes = last_checkpoint(checkpoints, fingerprint) is not None
+    with recording(tracking, f"train-{fingerprint[:8]}", resumes) as recorder:
         settings = msgspec.to_builtins(train) | {"base": models.base, "base_sha256": base_sha256}
         tags = {"dvc.stage": "train", "git.commit": git_commit(), "trainer": "unsloth" if by_unsloth else "trl"}
         recorder.note(
@@ -286,6 +286,7 @@ def main(
             callbacks=[recording_callback(recorder, tokens)],
         )
         trainer.remove_callback(PrinterCallback)  # it prints a line for each logged step; MLflow has them
+        resumed = last_checkpoint(checkpoints, fingerprint)
         if resumed:
             say(f"train: resumes from {resumed}")
         earlier_epochs = epochs_of(Path(resumed)) if resumed else 0.0
