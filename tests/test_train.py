@@ -1,4 +1,5 @@
 import csv
+import importlib.metadata
 import json
 import os
 import signal
@@ -185,7 +186,12 @@ def test_mlflow_has_settings_curves_datasets_and_tags_of_the_run(trained: Traine
         name: [point.step for point in client.get_metric_history(found.info.run_id, name)] for name in ("train_loss", "dev_loss")
     }
     assert steps["train_loss"] == [1, 2, 3]
-    assert set(steps["dev_loss"]) == {2, 3}
+    assert steps["dev_loss"] == [2, 3]
+    for curve in ("learning_rate", "grad_norm", "tokens_per_s"):
+        points = client.get_metric_history(found.info.run_id, curve)
+        assert [point.step for point in points] == [1, 2, 3], curve
+        assert all(point.value > 0 for point in points), curve
+    assert found.data.metrics["system/system_memory_usage_megabytes"] > 100
     assert found.data.metrics["final.final_loss"] == trained.metrics["final_loss"]
     datasets = {(entry.dataset.name, entry.tags[0].value): entry.dataset.digest for entry in found.inputs.dataset_inputs}
     assert datasets == {
@@ -194,6 +200,9 @@ def test_mlflow_has_settings_curves_datasets_and_tags_of_the_run(trained: Traine
     }
     assert found.data.tags["dvc.stage"] == "train"
     assert found.data.tags["trainer"] == "trl"
+    assert found.data.tags["version.torch"] == importlib.metadata.version("torch")
+    assert found.data.tags["adapter.path"] == trained.project.adapter.as_posix()
+    assert found.data.tags["adapter.dvc_md5"].endswith(".dir")
     assert found.data.tags["adapter.sha256"] == sha256_of_file(trained.project.adapter / "adapter_model.safetensors")
 
 
@@ -247,6 +256,15 @@ def test_a_killed_run_resumes_from_its_checkpoint(tiny_folder: Path, tmp_path: P
     assert json.loads(project.metrics.read_text())["steps"] == 20
     assert list(project.losses("train")) == [5, 10, 15, 20]
     assert not project.checkpoints.exists()
+
+    import mlflow
+
+    client = mlflow.MlflowClient(project.tracking.uri)
+    (only,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+    assert only.info.run_id == json.loads(project.metrics.read_text())["mlflow_run_id"]
+    assert only.info.status == "FINISHED"
+    points = client.get_metric_history(only.info.run_id, "train_loss")
+    assert [point.step for point in points] == [5, 10, 15, 20]
 
 
 def test_checkpoints_of_other_settings_are_removed_and_those_of_the_same_are_used(tmp_path: Path) -> None:

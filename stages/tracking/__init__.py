@@ -34,8 +34,8 @@ def without_secrets(text: str) -> str:
     return re.sub(r"(://)[^/\s]*@|(?<=\S)\?\S+", r"\1", text)
 
 
-def client_of(tracking: Tracking) -> Any:
-    """An MlflowClient for the tracking store; mlflow's own functions use the same store. Raises what MLflow raises."""
+def client_of(uri: str) -> Any:
+    """An MlflowClient for the store at `uri`, which is made where it is missing. Raises what MLflow raises."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import logging
 
@@ -43,10 +43,7 @@ def client_of(tracking: Tracking) -> Any:
 
     for name in ("alembic", "mlflow.store.db.utils"):  # a line for every migration of a fresh database
         logging.getLogger(name).setLevel(logging.WARNING)
-    uri = tracking_uri(tracking)
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    return mlflow.MlflowClient()
+    return mlflow.MlflowClient(uri, uri)
 
 
 def experiment_of(client: Any, name: str) -> str:
@@ -59,10 +56,13 @@ def experiment_of(client: Any, name: str) -> str:
 
 
 def connect(tracking: Tracking) -> Any:
-    """As `client_of`, with the experiment in place and chosen."""
+    """An MlflowClient for the tracking store, with the experiment in place; mlflow's own functions use the same store."""
+    uri = tracking_uri(tracking)
+    client = client_of(uri)
     import mlflow
 
-    client = client_of(tracking)
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
     mlflow.set_experiment(experiment_id=experiment_of(client, tracking.experiment))
     return client
 

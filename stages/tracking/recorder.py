@@ -6,6 +6,7 @@ run is found again by its tag. So what the store has missed is sent by the next 
 
 import contextlib
 import fcntl
+import importlib
 import json
 import os
 import secrets
@@ -39,7 +40,7 @@ class Recorder:
         )  # before the thread: two that import at once may meet half a module
 
         self.run_id = ""  # known once the store has answered
-        self._tracking, self._client, self._monitor = tracking, None, _load_monitor()
+        self._uri, self._client, self._monitors = tracking_uri(tracking), None, _load_monitors()
         self._said: set[str] = set()
         self._looked_at = -INTERVAL_S
         folder = project_root() / "models/unsent"
@@ -88,21 +89,21 @@ class Recorder:
 
     def look(self, step: int) -> None:
         """Keeps the load of the processor, memory, disk, network and GPU, by MLflow's names, at most every INTERVAL_S."""
-        if self._monitor and time.monotonic() - self._looked_at >= INTERVAL_S:
+        if time.monotonic() - self._looked_at >= INTERVAL_S:
             self._looked_at = time.monotonic()
-            self._monitor.collect_metrics()
-            self.points({f"system/{name}": value for name, value in self._monitor.aggregate_metrics().items()}, step)
-            for part in self._monitor.monitors:
-                part.clear_metrics()
+            for monitor in self._monitors:
+                monitor.collect_metrics()
+                self.points({f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}, step)
+                monitor.clear_metrics()
 
     def end(self, status: str, wait_s: float) -> None:
         """Ends the run. Waits up to `wait_s` seconds for MLflow; what it has not taken by then stays in the file."""
         self.note(status=[status, _now()])
         self._is_ending.set()
         self._thread.join(wait_s)
-        if status == "FINISHED" and self._sent == len(self._lines):
-            self._path.unlink(missing_ok=True)
         if self._file:
+            if status == "FINISHED" and self._sent == len(self._lines):
+                self._path.unlink(missing_ok=True)
             self._file.close()
 
     @property
@@ -120,7 +121,7 @@ class Recorder:
             is_last = self._is_ending.is_set()
             path = self._path
             try:
-                self._client = self._client or client_of(self._tracking)
+                self._client = self._client or client_of(self._uri)
                 lines = self._lines[self._sent :]
                 self.run_id = self.run_id or _run_of(self._client, self._path.stem, self._lines[0])
                 _send(self._client, self.run_id, lines)
@@ -132,8 +133,8 @@ class Recorder:
                     say(f"train: what {path} had kept of an earlier training is in MLflow now")
                 self._said.discard("store")
             except Exception as error:  # MLflow, SQLAlchemy and requests each have their own, and none may end a training
-                where = without_secrets(f"MLflow at {tracking_uri(self._tracking)}")
-                reason = without_secrets(" ".join(str(error).split())[:300])
+                where = without_secrets(f"MLflow at {self._uri}")
+                reason = without_secrets(" ".join(str(error).split())[:160])
                 self._say_once("store", f"{where} fails: {reason}; training goes on, and {path} keeps what is to be sent")
             self._is_ending.wait(INTERVAL_S)
 
@@ -231,14 +232,16 @@ def _send(client: Any, run_id: str, lines: Sequence[Line]) -> None:
         client.update_run(run_id, status) if status == "RUNNING" else client.set_terminated(run_id, status, at)
 
 
-def _load_monitor() -> Any:
-    """MLflow's own monitor of the machine, used without its thread, which would wait for the server; None where it cannot work."""
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-    try:
-        return SystemMetricsMonitor("")
-    except Exception:  # a machine that hides its counters
-        return None
+def _load_monitors() -> list[Any]:
+    """MLflow's monitors that work on this machine, without MLflow's thread for them, which waits for the server."""
+    found = []
+    for part, kind in (("cpu", "CPUMonitor"), ("disk", "DiskMonitor"), ("network", "NetworkMonitor"), ("gpu", "GPUMonitor")):
+        with contextlib.suppress(Exception):  # no such device, or a system that hides its counters
+            monitor = getattr(importlib.import_module(f"mlflow.system_metrics.metrics.{part}_monitor"), kind)()
+            monitor.collect_metrics()  # the processor's load is what it was since the last look
+            monitor.clear_metrics()
+            found.append(monitor)
+    return found
 
 
 def _now() -> int:
