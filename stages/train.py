@@ -173,7 +173,7 @@ def curves_of(log: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(["step", *columns.values()])
         writer.writerows(
-            [entry["step"], *(f"{entry[name]:.4g}" for name in columns)] for entry in log if columns.keys() <= entry.keys()
+            [entry["step"], *(f"{entry[name]:.6g}" for name in columns)] for entry in log if columns.keys() <= entry.keys()
         )
         curves[f"{split}.csv"] = table.getvalue()
     return curves

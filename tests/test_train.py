@@ -2,10 +2,8 @@ import csv
 import importlib.metadata
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +16,7 @@ from stages.files import sha256_of_file
 from stages.params import Models, Tracking
 from stages.program import BadInput, BadModelFile
 from stages.records import Example, Message, write_records
-from stages.train import Params, curves_of, last_checkpoint, lora_model, main
+from stages.train import Params, curves_of, lora_model, main
 
 TRAIN = Params(
     engine="trl",
@@ -117,12 +115,12 @@ class Project:
         metrics: dict[str, Any] = json.loads(self.metrics.read_text())
         return metrics
 
-    def start(self) -> subprocess.Popen[str]:
-        """`python -m stages.train` in the folder."""
+    def start(self, *program: str) -> subprocess.Popen[str]:
+        """`python -m stages.train` in the folder, or another `program`."""
         sections = {"train": self.settings, "models": self.models, "chat": CHAT, "tracking": self.tracking}
         (self.folder / "params.yaml").write_text(yaml.safe_dump(msgspec.to_builtins(sections)))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
-        command = [sys.executable, "-m", "stages.train", *map(str, self.paths)]
+        command = [sys.executable, *(program or ("-m", "stages.train")), *map(str, self.paths)]
         return subprocess.Popen(
             command, cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -229,63 +227,6 @@ def test_accumulated_batches_give_the_loss_of_one_large_batch(tiny_folder: Path,
         changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
         losses.append(Project(folder, tiny_folder, max_steps=1, **changes).run()["final_loss"])
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=2e-3)  # bf16 where the processor has it
-
-
-def test_a_killed_run_resumes_from_its_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:
-    project = Project(tmp_path, tiny_folder, max_steps=20, eval_steps=20, logging_steps=5)
-    first = project.start()
-    deadline = time.monotonic() + 120
-    while (
-        not (project.checkpoints / "checkpoint-2/trainer_state.json").is_file()
-        and not (project.checkpoints / "checkpoint-3").is_dir()
-    ):
-        assert first.poll() is None, first.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    first.send_signal(signal.SIGKILL)
-    assert first.wait() == -signal.SIGKILL
-    assert not project.adapter.exists()
-    reached = max(int(path.name.rpartition("-")[2]) for path in project.checkpoints.glob("checkpoint-*"))
-    assert 2 <= reached < 20
-
-    second = project.start()
-    said, complaints = second.communicate(timeout=180)
-    assert second.returncode == 0, complaints
-    resumed = int(said.partition("train: resumes from ")[2].splitlines()[0].rpartition("checkpoint-")[2])
-    assert reached - 1 <= resumed <= reached  # the last one may have been half written
-    assert json.loads(project.metrics.read_text())["steps"] == 20
-    assert list(project.losses("train")) == [5, 10, 15, 20]
-    assert not project.checkpoints.exists()
-
-    import mlflow
-
-    client = mlflow.MlflowClient(project.tracking.uri)
-    (only,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
-    assert only.info.run_id == json.loads(project.metrics.read_text())["mlflow_run_id"]
-    assert only.info.status == "FINISHED"
-    points = client.get_metric_history(only.info.run_id, "train_loss")
-    assert [point.step for point in points] == [5, 10, 15, 20]
-
-
-def test_checkpoints_of_other_settings_are_removed_and_those_of_the_same_are_used(tmp_path: Path) -> None:
-    checkpoints = tmp_path / "checkpoints"
-    assert last_checkpoint(checkpoints, "one") is None
-    whole = checkpoints / "checkpoint-7"
-    whole.mkdir()
-    (whole / "trainer_state.json").write_text("{}")
-    assert last_checkpoint(checkpoints, "one") == str(whole)
-    assert last_checkpoint(checkpoints, "two") is None
-    assert not whole.exists()
-    assert last_checkpoint(checkpoints, "one") is None
-
-
-def test_a_half_written_checkpoint_gives_way_to_the_one_before_it(tmp_path: Path) -> None:
-    checkpoints = tmp_path / "checkpoints"
-    last_checkpoint(checkpoints, "one")
-    for step in (7, 8):
-        (checkpoints / f"checkpoint-{step}").mkdir()
-    (checkpoints / "checkpoint-7/trainer_state.json").write_text("{}")
-    assert last_checkpoint(checkpoints, "one") == str(checkpoints / "checkpoint-7")
 
 
 @pytest.mark.parametrize("empty", ["train", "dev"])

@@ -1,6 +1,8 @@
 """Batches that fit into memory: what they need, and smaller ones when it runs out."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -51,29 +53,36 @@ def fitting(train: Train, build: Callable[[Train], Any], work: Callable[[Any], O
 
 
 def free_memory() -> None:
+    """Gives back what nobody holds any more: the GPU's, and the heap that `keep_memory` would keep."""
     from accelerate.utils.memory import clear_device_cache
 
     clear_device_cache(garbage_collection=True)
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)(0)  # musl has none
 
 
 def needs(trainer: Any, rows: Sequence[Tokens], empty: int) -> str:
-    """What a step on the longest of `rows` needs, in words: from what one on the shortest keeps. `empty`: bytes before the first."""
+    """What a step on the longest of `rows` needs, in words: from what one on the shortest takes. `empty`: bytes before the first."""
     by_length = sorted(rows, key=lambda row: len(row.input_ids))
     size = trainer.args.per_device_train_batch_size
     try:
-        kept, short = kept_bytes(trainer, by_length[:1])
+        needed, short = step_bytes(trainer, by_length[:1])
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         return "and one short conversation needs more"
     long = trainer.data_collator([msgspec.to_builtins(row) for row in by_length[-size:]])["input_ids"].numel()
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-    bytes_needed = empty + STATES * sum(weight.nbytes for weight in weights) + kept * long / short
-    return f"and a batch of {size} needs about {bytes_needed / 1e9:.1f} GB"
+    whole = empty + STATES * sum(weight.nbytes for weight in weights) + needed * long / short
+    return f"and a batch of {size} needs about {whole / 1e9:.1f} GB"
 
 
-def kept_bytes(trainer: Any, rows: Sequence[Tokens]) -> tuple[int, int]:
-    """The bytes that a forward pass on `rows` keeps for the backward pass, and its tokens."""
+def step_bytes(trainer: Any, rows: Sequence[Tokens]) -> tuple[int, int]:
+    """The bytes that a step on `rows` needs beyond the weights, and its tokens.
+
+    They are what the forward pass keeps for the backward pass, and thrice the largest of it: the scores of all tokens before and after
+    their softmax, and their gradient.
+    """
     import torch
 
     batch = trainer._prepare_inputs(trainer.data_collator([msgspec.to_builtins(row) for row in rows]))
@@ -84,9 +93,9 @@ def kept_bytes(trainer: Any, rows: Sequence[Tokens]) -> tuple[int, int]:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself, where it is an output, would keep its own graph alive for ever
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = trainer.compute_loss(trainer.model, batch)
     del loss
-    return sum(kept.values()), batch["input_ids"].numel()
+    return sum(kept.values()) + 3 * max(kept.values()), batch["input_ids"].numel()

@@ -5,7 +5,6 @@ torch's elastic launcher starts them and, when one is killed, all again; an outs
 
 import logging
 import os
-import pickle
 import signal
 import sys
 import tempfile
@@ -14,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stages.files import new_file
+import msgspec
+
+from stages.files import write_json
 from stages.models import free_cores
-from stages.program import BadParams, DocsmithError, ServerFailed, end_with_parent, say
+from stages.program import BadParams, DocsmithError, ServerFailed, end_with_parent, errors, say
 
 RESTARTS = 3  # of all processes, after one was killed or lost the others
 TO_END_S = 5
@@ -118,7 +119,8 @@ def start_ranks(processes: int, main: Callable[..., object], *paths: Path, **sec
                     f"of {processes} processes one ended with exit code {first.exitcode}, also after {RESTARTS} new starts; see above, then: dvc repro"
                 ) from None
         if refused.is_file():
-            raise pickle.loads(refused.read_bytes())  # written by `_one`
+            kind, details = msgspec.json.decode(refused.read_bytes())  # written by `_one`
+            raise getattr(errors, kind, OSError)(*details)
 
 
 def _one(stage: int, folder: Path, main: Callable[..., object], paths: tuple[Path, ...], sections: dict[str, Any]) -> None:
@@ -140,9 +142,10 @@ def _one(stage: int, folder: Path, main: Callable[..., object], paths: tuple[Pat
     try:
         main(*paths, **sections)
     except Exception as error:
-        if isinstance(error, DocsmithError) or (isinstance(error, OSError) and error.filename):
-            with new_file(refused) as draft:
-                draft.write_bytes(pickle.dumps(error))
+        if isinstance(error, DocsmithError):
+            write_json(refused, (type(error).__name__, [str(error)]))
+        elif isinstance(error, OSError) and error.filename:
+            write_json(refused, ("OSError", [error.errno, error.strerror, str(error.filename)]))
         else:
             traceback.print_exc()
         raise
