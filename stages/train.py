@@ -4,6 +4,7 @@ TRL and PEFT train on the CPU or a GPU, Unsloth on CUDA; both write PEFT's adapt
 output: a stopped run resumes from the last one when data and settings are the same. The longest stage: minutes on two cores.
 """
 
+import contextlib
 import csv
 import functools
 import importlib.metadata
@@ -302,12 +303,16 @@ def main(
             say(f"train: resumes from {resumed}")
         earlier_epochs = epochs_of(Path(resumed)) if resumed else 0.0
         started = time.monotonic()
-        trainer.train(resume_from_checkpoint=resumed)
+        with contextlib.closing(bar()) as shown:
+            trainer.add_callback(shown)
+            trainer.train(resume_from_checkpoint=resumed)
         wait_for_all()
         return trainer, trainer.state.epoch - earlier_epochs, time.monotonic() - started
 
     if estimate:
         say(f"train: {fitting(train, build, lambda trainer: estimate_of(trainer, rows), rows)}; nothing was trained")
+        with contextlib.suppress(OSError):  # the trainer has made it; with checkpoints in it, it stays
+            checkpoints.rmdir()
         return
     if rank() > 0:
         fitting(train, functools.partial(build, callbacks=[resumable()]), finish, rows)
@@ -324,7 +329,7 @@ def main(
                 for path, context in ((train_examples, "training"), (dev_examples, "validation"))
             ],
         )
-        callbacks = [recording_callback(recorder, tokens), resumable(), bar()]
+        callbacks = [recording_callback(recorder, tokens), resumable()]
         trainer, epochs, seconds = fitting(train, functools.partial(build, callbacks=callbacks), finish, rows)
         log = trainer.state.log_history
         # a run shorter than logging_steps has its mean alone

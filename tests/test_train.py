@@ -119,7 +119,7 @@ class Project:
         """`python -m stages.train` in the folder, or another `program`."""
         sections = {"train": self.settings, "models": self.models, "chat": CHAT, "tracking": self.tracking}
         (self.folder / "params.yaml").write_text(yaml.safe_dump(msgspec.to_builtins(sections)))
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path]), "TQDM_DISABLE": "1"}
         command = [sys.executable, *(program or ("-m", "stages.train")), *map(str, self.paths)]
         return subprocess.Popen(
             command, cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -248,7 +248,7 @@ def test_the_curves_have_a_row_for_each_logged_loss() -> None:
     log = [
         {"loss": 2.5, "step": 5, "learning_rate": 0.001, "grad_norm": 0.25},
         {"eval_loss": 2.25, "step": 5},
-        {"loss": 1.00004, "step": 10, "learning_rate": 0.0005, "grad_norm": 1.0},
+        {"loss": 1.0000004, "step": 10, "learning_rate": 0.0005, "grad_norm": 1.0},
         {"train_runtime": 3.0, "step": 10},
     ]
     assert curves_of(log) == {

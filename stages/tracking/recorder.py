@@ -35,9 +35,8 @@ class Recorder:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the thread tries again by itself
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # MLflow prints it with its password
-        from mlflow.tracking.context.registry import (
-            resolve_tags,
-        )  # before the thread: two that import at once may meet half a module
+        # before the thread: two that import at once may meet half a module
+        from mlflow.tracking.context.registry import resolve_tags
 
         self.run_id = ""  # known once the store has answered
         self._uri, self._client, self._monitors = tracking_uri(tracking), None, _load_monitors()
@@ -65,7 +64,7 @@ class Recorder:
 
     def note(self, **line: Any) -> None:
         """Keeps params and tags (by name), datasets (name, path, digest, context) and the like for MLflow."""
-        self._lines.append(line)
+        self._lines.append(json.loads(json.dumps(line)))  # as it is read again: MLflow refuses ['q'] where it was told ('q',)
         waiting = self._lines[self._kept :]
         text = "".join(json.dumps(line) + "\n" for line in waiting).encode()
         try:

@@ -33,8 +33,11 @@ def epochs_of(checkpoint: Path) -> float:
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether `checkpoint` was written to its end, and is still what was written."""
-    sums = checkpoint / SUMS
-    return sums.is_file() and msgspec.json.decode(sums.read_bytes()) == sums_of(checkpoint)
+    try:
+        written = msgspec.json.decode((checkpoint / SUMS).read_bytes())
+    except (FileNotFoundError, msgspec.DecodeError):
+        return False
+    return bool(written == sums_of(checkpoint))
 
 
 def sums_of(checkpoint: Path) -> dict[str, str]:

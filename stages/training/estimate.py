@@ -72,24 +72,26 @@ def peak_memory() -> int:
 
 
 def bar() -> Any:
-    """A trainer callback that shows the steps done, with ETA and the last loss."""
+    """A trainer callback that shows the steps done, with ETA and the last loss, until it is closed."""
     from transformers import TrainerCallback
 
     class Bar(TrainerCallback):  # type: ignore[misc]
+        shown: Any = None
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:
                 self.shown = progress(None, "train", state.max_steps, "step", done=state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.is_world_process_zero:
+            if self.shown is not None:
                 self.shown.update()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-            if state.is_world_process_zero and "loss" in (logs or {}):
+            if self.shown is not None and "loss" in (logs or {}):
                 self.shown.set_postfix(loss=f"{logs['loss']:.3f}")
 
-        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.is_world_process_zero:
+        def close(self) -> None:
+            if self.shown is not None:
                 self.shown.close()
 
     return Bar()

@@ -342,7 +342,11 @@ def test_a_resumed_training_continues_its_run_and_computes_no_point_twice(store:
 
 
 def test_a_stopped_training_that_nobody_resumes_is_shown_as_killed(store: Tracking) -> None:
-    stop(Recorder(store, "run", resumes=False))
+    killed = Recorder(store, "run", resumes=False)
+    killed.note(params={"cfg.target_modules": ("q_proj", "v_proj")})
+    wait_until(lambda: killed.run_id)
+    stop(killed)
+    assert runs(store)["run"].data.params == {"cfg.target_modules": "['q_proj', 'v_proj']"}
     with recording(store, "other", resumes=True) as other:
         pass
     assert {name: run.info.status for name, run in runs(store).items()} == {"run": "KILLED", "other": "FINISHED"}

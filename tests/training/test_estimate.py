@@ -56,5 +56,5 @@ def test_the_bar_counts_a_resumed_run_from_its_checkpoint_on(monkeypatch: pytest
     callback.on_train_begin(None, state, None)
     callback.on_step_end(None, state, None)
     callback.on_log(None, state, None, logs={"loss": 1.23456})
-    callback.on_train_end(None, state, None)
+    callback.close()
     assert "60/100" in shown.getvalue() and "61/100" in shown.getvalue() and "loss=1.235" in shown.getvalue()
