@@ -10,7 +10,6 @@ conversations are there after `make demo`. Costs about a quarter of an hour on t
 
 import argparse
 import copy
-import functools
 import itertools
 import json
 import os
@@ -73,23 +72,14 @@ def docsmith(folder: Path, train: Any, rows: Sequence[Any], scratch: Path) -> An
     import torch
 
     from stages.models import free_cores, load_tokenizer
-    from stages.train import has_unsloth, lora_model, training_arguments, unsloth_model
+    from stages.train import has_unsloth, lora_model, trainer_of, unsloth_model
 
     torch.set_num_threads(free_cores())
-    model = (unsloth_model if has_unsloth() else lora_model)(folder, train)
-    from trl import SFTTrainer
-
-    trainer_class: Any = SFTTrainer
-    if not torch.cuda.is_available():
-        from stages.training.batches import pack
-        from stages.training.packed import PackedTrainer, keep_memory, pack_model
-
-        keep_memory()
-        pack_model(model)
-        trainer_class = functools.partial(PackedTrainer, data_collator=pack)
-    arguments = training_arguments(msgspec.structs.replace(train, num_train_epochs=1, max_steps=-1), scratch)
-    arguments.eval_strategy = arguments.save_strategy = "no"
-    return trainer_class(model=model, args=arguments, train_dataset=dataset(rows), processing_class=load_tokenizer(folder))
+    load_model = unsloth_model if has_unsloth() else lora_model
+    once = msgspec.structs.replace(train, num_train_epochs=1, max_steps=-1)
+    trainer = trainer_of(load_model, folder, load_tokenizer(folder), rows, rows[:1], scratch, once)
+    trainer.args.eval_strategy = trainer.args.save_strategy = "no"
+    return trainer
 
 
 def of_trl(folder: Path, train: Any, rows: Sequence[Any], scratch: Path, model: Any = None) -> Any:

@@ -55,6 +55,7 @@ class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logging_steps: Positive
     eval_steps: Positive
     save_steps: Positive
+    early_stopping_patience: Count  # of evaluations; above 0, the adapter of the lowest dev loss is kept
     seed: Count
 
 
@@ -150,7 +151,9 @@ def training_arguments(train: Params, checkpoints: Path) -> Any:
         logging_steps=train.logging_steps,
         eval_strategy="steps",
         eval_steps=train.eval_steps,
-        save_steps=train.save_steps,
+        save_steps=train.eval_steps if train.early_stopping_patience else train.save_steps,
+        load_best_model_at_end=train.early_stopping_patience > 0,
+        metric_for_best_model="eval_loss",
         save_total_limit=2,  # the one before is there until a new one is whole
         seed=train.seed,
         bf16=on_gpu and has_bf16(),  # on a CPU the weights are bf16 already, and autocast would only cost
@@ -231,7 +234,7 @@ def trainer_of(
     torch.manual_seed(train.seed)
     model = load_model(folder, train)
     from datasets import Dataset  # after Unsloth
-    from transformers import PrinterCallback
+    from transformers import EarlyStoppingCallback, PrinterCallback
 
     from stages.training.shared import SharedTrainer
 
@@ -250,6 +253,8 @@ def trainer_of(
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
+    if train.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(train.early_stopping_patience))
     trainer.remove_callback(PrinterCallback)  # it prints a line for each logged step; MLflow has them
     return trainer
 
@@ -336,7 +341,8 @@ def main(
         losses = [entry["loss"] for entry in log if "loss" in entry] or [
             entry["train_loss"] for entry in log if "train_loss" in entry
         ]
-        dev_loss = next(entry["eval_loss"] for entry in reversed(log) if "eval_loss" in entry)  # the trainer ends with one
+        best = trainer.state.best_global_step if train.early_stopping_patience else trainer.state.global_step
+        dev_loss = next(entry["eval_loss"] for entry in reversed(log) if entry["step"] == best and "eval_loss" in entry)
         if not losses or not all(loss == loss and abs(loss) < 1e4 for loss in [*losses, dev_loss]):
             raise LimitBroken(
                 f"the loss is not a number after {trainer.state.global_step} steps; lower train.learning_rate ({train.learning_rate})"
@@ -358,6 +364,7 @@ def main(
         }
         facts = {
             "steps": trainer.state.global_step,
+            "best_step": best,  # the one whose adapter is kept
             "epochs": round(trainer.state.epoch, 2),
             "examples": len(rows),
             "per_device_train_batch_size": trainer.args.per_device_train_batch_size,

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import CHAT
 
-from stages.files import sha256_of_file
+from stages.files import sha256_of, sha256_of_file
 from stages.params import Models, Tracking
 from stages.program import BadInput, BadModelFile
 from stages.records import Example, Message, write_records
@@ -39,6 +39,7 @@ TRAIN = Params(
     logging_steps=1,
     eval_steps=2,
     save_steps=1,
+    early_stopping_patience=0,
     seed=1,
 )
 
@@ -227,6 +228,21 @@ def test_accumulated_batches_give_the_loss_of_one_large_batch(tiny_folder: Path,
         changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
         losses.append(Project(folder, tiny_folder, max_steps=1, **changes).run()["final_loss"])
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=2e-3)  # bf16 where the processor has it
+
+
+def test_early_stopping_ends_the_training_and_keeps_the_adapter_of_the_lowest_dev_loss(tiny_folder: Path, tmp_path: Path) -> None:
+    same: dict[str, Any] = {"lr_scheduler_type": "constant", "eval_steps": 2, "learning_rate": 0.05}
+    for name in ("stopped", "until_best"):
+        (tmp_path / name).mkdir()
+    stopped = Project(tmp_path / "stopped", tiny_folder, early_stopping_patience=2, max_steps=200, **same)
+    metrics = stopped.run()
+    dev = stopped.losses("dev")
+    best = min(dev, key=lambda step: dev[step])
+    assert metrics["best_step"] == best < metrics["steps"] == list(dev)[-1] == best + 4 < 200
+    assert metrics["dev_loss"] == pytest.approx(dev[best], rel=1e-4)
+    until_best = Project(tmp_path / "until_best", tiny_folder, max_steps=best, **same)
+    assert until_best.run()["best_step"] == best
+    assert sha256_of(stopped.adapter) == sha256_of(until_best.adapter)
 
 
 @pytest.mark.parametrize("empty", ["train", "dev"])

@@ -43,6 +43,7 @@ TRAIN = Params(
     logging_steps=1,
     eval_steps=12,
     save_steps=4,
+    early_stopping_patience=0,
     seed=1,
 )
 # the stage in fp32: what the file changes is changed in each process, for each reads it again
