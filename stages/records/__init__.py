@@ -16,6 +16,7 @@ QuestionType = Literal["factual", "conceptual", "procedural"]
 Role = Literal["system", "user", "assistant"]
 Dimension = Literal["faithfulness", "answerability", "usefulness"]  # what a judge rates
 Rating = Literal[1, 2, 3, 4, 5]
+SetName = Literal["recall", "held_out", "gold", "out_of_scope", "general"]  # of questions
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -221,14 +222,21 @@ class Example(Record):
 
 
 class Question(Record):
-    """A question to score. `set` says what a right answer shows: recall of trained facts, or honesty about untrained ones."""
+    """A question to score. `set` says what a right answer shows; a right answer to one that is out of scope says that it is.
 
-    set: Literal["recall", "held_out"]
-    pair_id: Text
-    section_id: Text
-    type: QuestionType
+    recall: facts that were trained, in new wordings; held_out: sections that were never trained; gold: people wrote it;
+    out_of_scope: the documentation does not cover it; general: what any assistant should still know.
+    """
+
+    set: SetName
+    section_id: Text  # questions of one section stand or fall together: intervals draw whole sections
+    type: Text  # a QuestionType, or the kind that a gold question states
     question: Text
-    reference: Text
+    reference: str  # empty where a right answer says that the documentation does not cover it
+    pair_id: str = ""  # of a generated question
+    key_facts: tuple[str, ...] = ()  # what a right answer must hold, word for word
+    quote: str = ""  # the evidence
+    chunk_id: str = ""  # the chunk that holds the quote: the passage that the system `oracle` sees
 
 
 class Answer(Record):
@@ -237,18 +245,24 @@ class Answer(Record):
     question_id: Text
     system: Text
     text: str
+    chunk_ids: tuple[str, ...] = ()  # the passages that the system saw, best first
 
 
 class Score(Record):
-    """One answer's scores. id = the answer's."""
+    """One answer's scores. id = the answer's. None: the question has nothing to score that by, which is not a low score."""
 
     question_id: Text
-    set: Literal["recall", "held_out"]
+    set: SetName
     section_id: Text
-    type: QuestionType
+    type: Text
     system: Text
-    similarity: float  # cosine of the embeddings of answer and reference, -1 to 1
-    rouge_l: float  # F-measure, 0 to 1
+    similarity: float | None  # cosine of the embeddings of answer and reference, -1 to 1
+    rouge_l: float | None  # F-measure, 0 to 1
+    key_facts: float | None  # the share of the question's key facts that the answer holds
+    evidence: float | None  # the share of the answer's words that stand in the question's quote
+    judge: float | None  # the judge's mean rating, where one is configured and has passed its audit
+    abstained: float  # 1 where the answer says that it does not know, else 0
+    passed: float  # 1 where the answer is right, else 0
 
 
 Kind = TypeVar("Kind", bound=Record)

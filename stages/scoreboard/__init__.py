@@ -1,12 +1,17 @@
 """The scoreboard: every system's scores on the same questions. `evaluate` writes it, `report` shows it, `promote` judges by it."""
 
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 
 from stages.program.errors import BadInput
+from stages.records import SetName
 
-COLUMNS = ("system", "n", "empty", "similarity", "ROUGE-L", "over base", "over tuned")
+SETS: tuple[str, ...] = get_args(SetName)
+MEASURES = ("similarity", "rouge_l", "key_facts", "evidence", "judge", "abstained", "passed")  # the numbers of a Score
+BASELINES = ("base", "tuned")  # what every other system is compared with
+COLUMNS = ("system", "n", "empty", "similarity", "ROUGE-L", "key facts", "passed", "abstained", "over base", "over tuned")
 
 
 class Interval(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -18,32 +23,46 @@ class Interval(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SystemScores(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One system on one question set: `n` answers, `empty` of them without a word."""
+    """One system on one question set: `n` answers, `empty` of them without a word. A measure that nothing was scored by is absent."""
 
     n: int
     empty: int
-    similarity: Interval
-    rouge_l: Interval
+    measures: dict[str, Interval]
 
 
-class SetScores(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One question set: scores by system, and paired gains in similarity by `<system>-<baseline>`."""
+class Comparison(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One system against another on the same questions, question by question."""
 
+    n: int
+    sections: int
+    gains: dict[str, Interval]  # by measure: the mean of the differences
+    minimum_effect: float | None  # the least gain in similarity that so many sections show with a chance of 80 %
+    won: int  # questions that the first passed and the second did not
+    lost: int
+    p: float  # of McNemar's exact test, two-sided: 1 where won and lost are both 0
+
+
+class SetScores(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One question set: scores by system, comparisons by `<system>-<baseline>`, similarity by question type and system."""
+
+    questions: int
     sections: int
     systems: dict[str, SystemScores]
-    gains: dict[str, Interval]
+    comparisons: dict[str, Comparison]
+    by_type: dict[str, dict[str, Interval]]
+    unknown: "SetScores | None" = None  # the same for the questions that base did not pass; it has none of its own
 
 
-class Scoreboard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """reports/metrics/evaluate.json. `held_out` is None, and absent there, where the corpus was too small to hold a section out."""
+class Scoreboard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """reports/metrics/evaluate.json. A set without a question is absent; sets are never averaged together."""
 
     confidence: float
-    recall: SetScores
-    held_out: SetScores | None = None
-
-    def sets(self) -> dict[str, SetScores]:
-        """The sets that hold questions, by name."""
-        return {"recall": self.recall} | ({"held_out": self.held_out} if self.held_out else {})
+    seed: int
+    sets: dict[str, SetScores]
+    models: dict[str, str]  # system -> SHA-256 of the file or folder that answered
+    questions_sha256: str
+    chat_sha256: str  # of the chat template and system prompt that the questions were asked with
+    leaks: tuple[str, ...]  # ids of questions that stand in the training data, word for word or nearly
 
 
 def read_scoreboard(path: Path) -> Scoreboard:
@@ -62,19 +81,21 @@ def in_order(systems: list[str]) -> list[str]:
 
 
 def score_rows(scores: SetScores) -> list[tuple[str, ...]]:
-    """A row of COLUMNS per system; a gain that is not measured, as base's over itself, is empty."""
+    """A row of COLUMNS per system; a measure or gain that is not there is empty."""
 
     def gain(system: str, baseline: str) -> str:
-        found = scores.gains.get(f"{system}-{baseline}")
-        return brief(found) if found else ""
+        found = scores.comparisons.get(f"{system}-{baseline}")
+        return brief(found.gains["similarity"]) if found and "similarity" in found.gains else ""
+
+    def measure(one: SystemScores, name: str) -> str:
+        return brief(one.measures[name]) if name in one.measures else ""
 
     return [
         (
             system,
             str(one.n),
             str(one.empty),
-            brief(one.similarity),
-            brief(one.rouge_l),
+            *(measure(one, name) for name in ("similarity", "rouge_l", "key_facts", "passed", "abstained")),
             gain(system, "base"),
             gain(system, "tuned"),
         )

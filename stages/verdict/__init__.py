@@ -1,55 +1,55 @@
-"""The rule that decides whether a model may become champion: `report` prints what it says, `promote` does it."""
+"""The gates that decide whether a model may become champion: `report` prints what they say, `promote` does it."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
-from stages.params import NonNegative, Share
-from stages.program.errors import BadInput
-from stages.scoreboard import Interval, Scoreboard, figure, show
+from stages.params import NonNegative, Positive, Share
+from stages.scoreboard import Interval, Scoreboard
+
+Outcome = Literal["promote", "reject", "not enough evidence"]
 
 
 class Gates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The section `promote` of params.yaml, in units of cosine similarity."""
+    """The section `promote` of params.yaml; differences are in cosine similarity where nothing else is said."""
 
     min_recall_gain: NonNegative  # the interval of tuned - base on recall must lie above it
-    max_gguf_loss: Share  # how far the shipped file's mean may lie below tuned's
+    max_gguf_loss: Share  # how far the interval of shipped file - tuned on recall may reach below 0
+    max_general_loss: Share  # how far the interval of tuned - base on general may reach below 0
+    max_abstention_loss: Share  # the same for the share of out-of-scope questions that are answered by saying so
+    max_champion_loss: Share  # the same for this model - champion, shipped files, on recall
+    min_questions: Positive  # of the set recall
+
+
+class Gate(msgspec.Struct, frozen=True):
+    """What one gate found."""
+
+    name: str
+    outcome: Literal["passed", "failed", "not enough evidence", "not measured"]  # not measured: there is nothing to hold it against
+    reason: str  # with the figure, its interval and the limit
+    found: Interval | None = None
+    limit: float | None = None
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """What the numbers support, and the clause that says why."""
+    """What the gates support together. One that failed rejects; else one without enough evidence leaves it open."""
 
-    outcome: Literal["promote", "do not promote", "not enough evidence"]
-    reason: str
+    outcome: Outcome
+    gates: tuple[Gate, ...]
+
+    @property
+    def reason(self) -> str:
+        """Of the first gate that is against it, or of the recall gate, which passed."""
+        against = [gate for gate in self.gates if gate.outcome in ("failed", "not enough evidence")]
+        order = sorted(against, key=lambda gate: gate.outcome != "failed") or [gate for gate in self.gates if gate.name == "recall"]
+        return order[0].reason
 
 
-def judge(scores: Scoreboard, served: str, gates: Gates) -> Verdict:
+def judge(scores: Scoreboard, served: str, gates: Gates, figures: dict[str, dict[str, Any]]) -> Verdict:
     """Whether a release that ships the quant `served` (as q8_0) may become champion.
 
-    Tuned must beat base on recall with the whole interval above `min_recall_gain`, and the shipped file's mean may lie at most
-    `max_gguf_loss` below tuned's on the same questions. Raises BadInput when the scoreboard lacks one of these gains.
+    `figures`: reports/metrics by stage. Gates, in order: data (validate and split found no critical fault), leaks, files (the
+    models that answered are those of the export, tuned is not base, one chat for all), questions, recall, general, abstention, gguf.
+    Raises BadInput for a scoreboard that lacks what a gate needs.
     """
-    gain, loss = _gain_of(scores, "tuned-base"), _gain_of(scores, f"{served}-tuned")
-    found = f"tuned - base on recall is {show(gain, scores.confidence)}"
-    if gain.low is None or gain.high is None:
-        return Verdict("not enough evidence", f"{found} from one section, which gives no interval")
-    if gain.high <= gates.min_recall_gain:
-        return Verdict("do not promote", f"{found}, which is not above {gates.min_recall_gain:.3f}")
-    if gain.low <= gates.min_recall_gain:
-        return Verdict("not enough evidence", f"{found}, which is not all above {gates.min_recall_gain:.3f}")
-    shipped = f"{served} - tuned is {show(loss, scores.confidence)}"
-    if loss.mean < -gates.max_gguf_loss:
-        return Verdict("do not promote", f"{shipped}, below the allowed {figure(-gates.max_gguf_loss)}")
-    return Verdict(
-        "promote",
-        f"{found}, all above {gates.min_recall_gain:.3f}, and {shipped}, not below {figure(-gates.max_gguf_loss)}",
-    )
-
-
-def _gain_of(scores: Scoreboard, pair: str) -> Interval:
-    if pair not in scores.recall.gains:
-        raise BadInput(
-            f"the scoreboard has no {pair} on recall, only {', '.join(sorted(scores.recall.gains)) or 'nothing'}; "
-            "export.serve must be one of export.quants. Then: dvc repro"
-        )
-    return scores.recall.gains[pair]
+    raise NotImplementedError
