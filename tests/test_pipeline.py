@@ -22,6 +22,7 @@ STAGES = [
     "coverage",
     "split",
     "dataset",
+    "exam",
     "train",
     "export",
     "answer",
@@ -101,7 +102,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if (REPOSITORY / "models/cache").is_dir():
         shutil.copytree(REPOSITORY / "models/cache", project / "models/cache")
     (project / "data").mkdir()
-    for name in ("curated.jsonl", "review.jsonl"):
+    for name in ("curated.jsonl", "gold.jsonl", "review.jsonl"):
         shutil.copy(REPOSITORY / "data" / name, project / "data" / name)
     for name, text in PAGES.items():
         (project / "pages").mkdir(exist_ok=True)
