@@ -256,7 +256,7 @@ def test_base_tuned_and_the_files_are_asked_whatever_systems_are_chosen(systems:
 
 
 def test_fewer_passages_make_another_prompt(project: Project) -> None:
-    with pytest.raises(OSError):  # nothing is kept for it, and there are no weights to ask
+    with pytest.raises(ValueError, match="Unrecognized model"):  # no reply is kept for it, so it goes to the weights, of which there are none
         project.answered(("base_rag",), top_k=1)
 
 
