@@ -168,6 +168,7 @@ def test_a_secret_of_a_page_is_reported_and_reaches_no_pair_report_or_model_data
         "train.jsonl",
         "dev.jsonl",
         "questions.jsonl",
+        "exam.jsonl",
         "findings.jsonl",
         "dataset",
         "answers",

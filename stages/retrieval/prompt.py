@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from stages.evidence import SENTENCE_END
 from stages.records import Chunk
+from stages.screening import redacted, secrets_in
 
 ASK = (
     "Answer the question from these passages of the documentation. If they do not hold the answer, say that it is not documented."
@@ -15,15 +16,17 @@ def with_passages(question: str, passages: Sequence[Chunk], fits: Callable[[str]
     """What a user says to have `question` answered from `passages`, best first, and how many of them it holds.
 
     `fits` tells whether such a text leaves room for the answer. Whole passages are left out from the end until it does; one alone
-    that is too long is cut behind a sentence or line. Where nothing of it fits, the question stands alone, with 0 passages.
+    that is too long is cut behind a sentence or line. Where nothing of it fits, the question stands alone, with 0 passages. A secret
+    in a passage is marked, not shown.
     """
+    shown = [(chunk.topic(), _without_secrets(chunk.markdown())) for chunk in passages]
     for count in range(len(passages), 0, -1):
-        text = _prompt(question, [(chunk.topic(), chunk.markdown()) for chunk in passages[:count]])
+        text = _prompt(question, shown[:count])
         if fits(text):
             return text, count
     if not passages:
         return question, 0
-    topic, whole = passages[0].topic(), passages[0].markdown()
+    topic, whole = shown[0]
     ends = sorted(
         {found.start() for found in SENTENCE_END.finditer(whole)} | {at for at, sign in enumerate(whole) if sign == "\n"}
     )
@@ -35,3 +38,7 @@ def with_passages(question: str, passages: Sequence[Chunk], fits: Callable[[str]
 def _prompt(question: str, passages: Sequence[tuple[str, str]]) -> str:
     shown = "\n\n".join(f"[{topic}]\n{text.strip()}" for topic, text in passages)
     return f"{ASK}\n\n{shown}\n\nQuestion: {question}"
+
+
+def _without_secrets(text: str) -> str:
+    return redacted(text, secrets_in(text))

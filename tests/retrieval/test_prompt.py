@@ -62,3 +62,9 @@ def test_the_question_stands_alone_where_no_sentence_fits_and_where_there_is_no_
 def test_a_passage_from_within_a_code_block_is_shown_as_code() -> None:
     text, _ = with_passages(QUESTION, [chunk("Run", "dvc repro\n```", fence="```")], lambda text: True)
     assert "[Guide > Run]\n```\ndvc repro\n```\n\nQuestion:" in text
+
+
+def test_a_secret_in_a_passage_is_marked_and_not_shown_to_the_model() -> None:
+    secret = "ghp_" + "Zq7Lw2Xk9Rb4Tn6Vc8Mf3Hd5Js1Py0Ga2Ke"
+    text, count = with_passages(QUESTION, [chunk("Keys", f"The token is {secret} today.")], lambda text: True)
+    assert count == 1 and secret not in text and " removed] today." in text
