@@ -30,7 +30,7 @@ class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_similarity: Share  # of an out-of-scope question and the chunk nearest to it
 
 
-class Gold(Record):
+class Gold(Record, frozen=True):
     """A question that a person wrote, with its evidence. One of the kind `out_of_scope` needs none: the documentation does not cover it."""
 
     question: Text
