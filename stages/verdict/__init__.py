@@ -1,10 +1,12 @@
 """The gates that decide whether a model may become champion: `report` prints what they say, `promote` does it."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from stages.params import NonNegative, Positive, Share
+from stages.records import Score
 from stages.scoreboard import Interval, Scoreboard
 
 Outcome = Literal["promote", "reject", "not enough evidence"]
@@ -51,5 +53,16 @@ def judge(scores: Scoreboard, served: str, gates: Gates, figures: dict[str, dict
     `figures`: reports/metrics by stage. Gates, in order: data (validate and split found no critical fault), leaks, files (the
     models that answered are those of the export, tuned is not base, one chat for all), questions, recall, general, abstention, gguf.
     Raises BadInput for a scoreboard that lacks what a gate needs.
+    """
+    raise NotImplementedError
+
+
+def champion_gate(
+    mine: Sequence[Score], theirs: Sequence[Score], gates: Gates, *, confidence: float, resamples: int, seed: int
+) -> Gate:
+    """Whether this model may take the champion's place: the gate `champion`, in similarity on the recall questions both answered.
+
+    `mine` and `theirs` are the scores of the two shipped files, paired by question id, in any order. Not measured where they
+    share no recall question. The outcome is "failed", "passed", "not enough evidence" or "not measured", as of every gate.
     """
     raise NotImplementedError
