@@ -25,7 +25,7 @@ GATES = Gates(
     max_champion_loss=0.05,
     min_questions=30,
 )
-SAMPLING = Sampling(confidence=0.95, resamples=1000, seed=1)
+SAMPLING = Sampling(confidence=0.95, resamples=500, seed=1)
 SECTION, ITEM, GENERAL, QUANT = 0.12, 0.2, 0.278, 0.05  # standard deviations of differences in similarity
 MODELS = {"base": "b" * 64, "tuned": "7" * 64, "q8_0": "8" * 64}
 FIGURES = {
@@ -95,7 +95,7 @@ def test_a_system_better_by_the_stated_minimum_effect_is_promoted_in_at_least_80
 
 @pytest.mark.parametrize("loss", [{"general": -0.2}, {"silence": -0.2}, {"quant": -0.03}])
 def test_a_clear_gain_does_not_carry_a_loss_of_as_much_as_a_gate_forbids(loss: dict[str, float]) -> None:
-    assert promoted(seed=3, draws=200, gain=0.25, **loss)[0] <= 0.06  # 2.5 % but for chance: 200 draws find up to 0.06 then
+    assert promoted(seed=3, draws=100, gain=0.25, **loss)[0] <= 0.08  # 2.5 %, and what chance adds to it in 100 draws
 
 
 def test_equal_champions_rarely_lose_their_place_to_a_worse_model() -> None:
