@@ -153,12 +153,14 @@ def table(name: str, scores: SetScores) -> str:
     rows = zip(*columns, strict=True)
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     found = scores.comparisons["tuned-base"]
+    shown = f"= {figure(found.p)}" if found.p >= 0.001 else "< 0.001"
     lines.append(
-        f"tuned passed {found.won} that base did not, and base {found.lost} that tuned did not (exact McNemar p = {figure(found.p)})"
+        f"tuned passed {found.won} that base did not, and base {found.lost} that tuned did not (exact McNemar p {shown})"
         + (f"; the least gain to be seen is {figure(found.minimum_effect)}" if found.minimum_effect is not None else "")
     )
     sections = f"{scores.sections} sections" if scores.sections > 1 else "1 section, which gives no interval"
-    return "\n  ".join([f"{name}, {scores.questions} questions, {sections}", *lines])
+    asked = "1 question" if scores.questions == 1 else f"{scores.questions} questions"
+    return "\n  ".join([f"{name}, {asked}, {sections}", *lines])
 
 
 def main(

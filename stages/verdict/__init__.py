@@ -121,8 +121,9 @@ def _data_gate(figures: Mapping[str, Mapping[str, Any]]) -> Gate:
 
 def _leaks_gate(scores: Scoreboard) -> Gate:
     if scores.leaks:
-        few = ", ".join(scores.leaks[:3])
-        return Gate("leaks", "failed", f"{len(scores.leaks)} questions stand in the training data, such as {few}")
+        return Gate(
+            "leaks", "failed", f"questions in the training data: {len(scores.leaks)}, such as {', '.join(scores.leaks[:3])}"
+        )
     return Gate("leaks", "passed", "no question stands in the training data")
 
 
