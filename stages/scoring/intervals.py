@@ -70,12 +70,11 @@ def compare(mine: Sequence[Score], theirs: Sequence[Score], sampling: Sampling) 
     if not pairs:
         return None
     sections = [one.section_id for one, _ in pairs]
-    differences = [
-        [None if one is None or other is None else one - other for one, other in zip(_values(mine), _values(theirs), strict=True)]
-        for mine, theirs in pairs
-    ]
+    values = [list(zip(_values(one), _values(other), strict=True)) for one, other in pairs]
+    differences = [[None if None in both else both[0] - both[1] for both in row] for row in values]
     similar = [(row[0], section) for row, section in zip(differences, sections, strict=True) if row[0] is not None]
-    effect = minimum_effect(*zip(*similar, strict=True), sampling.confidence) if similar else None
+    changes, where = [change for change, _ in similar], [section for _, section in similar]
+    effect = minimum_effect(changes, where, sampling.confidence) if similar else None
     won = sum(one.passed > other.passed for one, other in pairs)
     lost = sum(one.passed < other.passed for one, other in pairs)
     return Comparison(
