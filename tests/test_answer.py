@@ -4,13 +4,14 @@ from pathlib import Path
 import pytest
 from conftest import CHAT, MODELS
 
-from stages.answer import Params, main, requests_for, speed, write_with_transformers
+from stages.answer import Params, main, speed, write_with_transformers
 from stages.files import sha256_of
 from stages.llm import Reply, Request, Store, request_key
 from stages.models import load_tokenizer
 from stages.params import Chat
 from stages.program import BadInput
 from stages.records import Question, write_records
+from stages.systems import requests_for
 
 SHORT = Chat(system_prompt="Answer briefly.", max_new_tokens=8, context_tokens=512)
 TEXTS = ("What color is the sky?", "Name a color.", "Why does water boil when it is heated on the stove?")

@@ -27,7 +27,9 @@ class Gate(msgspec.Struct, frozen=True):
     """What one gate found."""
 
     name: str
-    outcome: Literal["passed", "failed", "not enough evidence", "not measured"]  # not measured: there is nothing to hold it against
+    outcome: Literal[
+        "passed", "failed", "not enough evidence", "not measured"
+    ]  # not measured: there is nothing to hold it against
     reason: str  # with the figure, its interval and the limit
     found: Interval | None = None
     limit: float | None = None
@@ -43,7 +45,9 @@ class Verdict(msgspec.Struct, frozen=True):
     def reason(self) -> str:
         """Of the first gate that is against it, or of the recall gate, which passed."""
         against = [gate for gate in self.gates if gate.outcome in ("failed", "not enough evidence")]
-        order = sorted(against, key=lambda gate: gate.outcome != "failed") or [gate for gate in self.gates if gate.name == "recall"]
+        order = sorted(against, key=lambda gate: gate.outcome != "failed") or [
+            gate for gate in self.gates if gate.name == "recall"
+        ]
         return order[0].reason
 
 
