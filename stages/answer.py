@@ -10,21 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from stages.files import new_folder, sha256_of, write_json
 from stages.llm import Keep, Reply, Request, Store, ask_missing, request_key
 from stages.models import as_hf_folder, free_cores, load_tokenizer
-from stages.params import Chat, Models, Positive
+from stages.params import Chat, Models
 from stages.program import BadInput, LimitBroken, progress, run, say
 from stages.records import Answer, Question, content_id, read_records, write_records
-from stages.systems import ask_llama, requests_for
-
-
-class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    batch_size: Positive  # prompts at once for base and tuned
-    concurrency: Positive  # requests at once for a GGUF file
-    timeout_s: Positive
+from stages.systems import Asking, ask_llama, requests_for
 
 
 def write_with_transformers(folder: Path, batch_size: int, requests: Mapping[str, Request], keep: Keep) -> float:
@@ -73,7 +65,7 @@ def main(
     answers: Path,
     metrics: Path,
     *,
-    answer: Params,
+    answer: Asking,
     chat: Chat,
     models: Models,
 ) -> None:
@@ -87,10 +79,10 @@ def main(
     replies: dict[str, dict[str, Reply]] = {}
     speeds: dict[str, dict[str, float | int | None]] = {}
     for system, path in {"base": as_hf_folder(models.base), "tuned": merged, **quants}.items():
-        requests = requests_for(asked, chat, sha256_of(path))
+        requests = requests_for({question.id: question.question for question in asked}, chat, sha256_of(path))
         keyed = {request_key(request): request for request in requests.values()}
         if system in quants:
-            found, tally = ask_llama(path, keyed, kept, chat, answer.concurrency, answer.timeout_s)
+            found, tally = ask_llama(path, keyed, kept, chat, answer)
         else:
             found, tally = ask_missing(keyed, kept, partial(write_with_transformers, path, answer.batch_size))
         if tally.failed:
