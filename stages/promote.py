@@ -245,14 +245,21 @@ def register(client: Any, tracking: Tracking, tags: dict[str, str], run_id: str)
 
 def roll_back(client: Any, name: str) -> str:
     """Makes the version `previous` champion, and the champion `previous`. Returns the line that says so."""
-    with changing(client, name) as now:
+    with changing(client, name) as turn:
+        if turn.finished.keys() == {CHAMPION, PREVIOUS}:  # it was killed in the middle, and doing it again would undo it
+            return rolled_back(turn.finished)
         named = aliases(client, name)
         champion, previous = named.get(CHAMPION), named.get(PREVIOUS)
         if not champion or not previous or champion == previous:
             raise BadInput(f"the model {name} has no previous champion to go back to. Nothing was changed")
-        tags = {champion: {"rolled_back": now}, previous: {"champion_since": now}}
-        change(client, name, {CHAMPION: previous, PREVIOUS: champion}, tags)
-    return f"version {previous} is champion again, version {champion} is previous"
+        to = {CHAMPION: previous, PREVIOUS: champion}
+        change(client, name, to, {champion: {"rolled_back": turn.at}, previous: {"champion_since": turn.at}})
+        return rolled_back(to)
+
+
+def rolled_back(to: Mapping[str, str]) -> str:
+    """The line that says what a rollback did."""
+    return f"version {to[CHAMPION]} is champion again, version {to[PREVIOUS]} is previous"
 
 
 def main(
@@ -302,14 +309,14 @@ def main(
         refuse(own, champion, verdict, force)
         paths = {"gguf": gguf, "adapter": adapter, "train": data / "train.jsonl", "exam": exam}
         tags = version_tags(release, board, verdict, sums, hashes, paths) | {"sha256sums": key}
-        with changing(client, name) as now:
+        with changing(client, name) as turn:
             if (found := aliases(client, name).get(CHAMPION)) != (str(champion.version) if champion else None):
                 raise Busy(f"version {found} became champion while this model was compared. Nothing was registered. Run it again")
             run_id = run_of_version(client, tracking, figures.get("train", {}).get("mlflow_run_id", ""), key)
             log_datasets(client, run_id, {"evaluation": (exam, hashes.get(exam.as_posix()) or board.questions_sha256[:36])})
             tags["answers"] = f"runs:/{run_id}/{log_table(client, run_id, table)}"
             version = register(client, tracking, tags, run_id)
-            say(f"promote: {name_version(client, name, version, verdict, force, now)}")
+            say(f"promote: {name_version(client, name, version, verdict, force, turn.at)}")
 
 
 def refuse(own: Any | None, champion: Any | None, verdict: Verdict, force: str) -> None:

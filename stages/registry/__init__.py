@@ -8,10 +8,10 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from stages.params import Tracking
-from stages.program.errors import BadInput, Busy
+from stages.program import BadInput, Busy, say
 from stages.tracking import connect, tracking_uri, without_secrets
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
@@ -51,9 +51,16 @@ def version_of(client: Any, name: str, sums_sha256: str) -> Any | None:
     return min(found, key=lambda version: int(version.version), default=None)
 
 
+class Turn(NamedTuple):
+    """A process's turn to change the versions of a model."""
+
+    at: str  # by the store's clock, as 2026-01-31T12:00:00.000+00:00
+    finished: dict[str, str]  # aliases that a process which was killed had begun to set, and that are set now
+
+
 @contextlib.contextmanager
-def changing(client: Any, name: str) -> Iterator[str]:
-    """Lets one process at a time change the versions of `name`, on whatever machine it runs. Gives the time, by the store's clock.
+def changing(client: Any, name: str) -> Iterator[Turn]:
+    """Lets one process at a time change the versions of `name`, on whatever machine it runs.
 
     Setting an alias overwrites, so two could each believe that theirs is champion. The lock is a model in the registry, since a
     name is what MLflow gives to only one of two. What a killed process had begun is finished first. Raises Busy.
@@ -62,10 +69,11 @@ def changing(client: Any, name: str) -> Iterator[str]:
     _take(client, lock, holder)
     try:
         (model,) = _model(client, lock)
-        for changed in _model(client, name):
-            if UNFINISHED in changed.tags:
-                _apply(client, name, json.loads(changed.tags[UNFINISHED]))
-        yield datetime.fromtimestamp(model.creation_timestamp / 1000, UTC).isoformat(timespec="seconds")
+        begun = [json.loads(one.tags[UNFINISHED]) for one in _model(client, name) if UNFINISHED in one.tags]
+        for wanted in begun:
+            _apply(client, name, wanted)
+        at = datetime.fromtimestamp(model.creation_timestamp / 1000, UTC).isoformat(timespec="milliseconds")
+        yield Turn(at, begun[0]["aliases"] if begun else {})
     finally:
         if _holder(client, lock) == holder:
             client.delete_registered_model(lock)
@@ -84,10 +92,12 @@ def _take(client: Any, lock: str, holder: str) -> None:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         other, now = _holder(client, lock), time.monotonic()
-        if other != seen:
+        if other and other != seen:
+            say(f"promote: waiting for another promotion ({other}), which is changing the registered models")
             seen, seen_since = other, now
         elif other and now - seen_since > KILLED_AFTER_S:
-            client.delete_registered_model(lock)
+            with contextlib.suppress(MlflowException):  # another one that waited was faster
+                client.delete_registered_model(lock)
         if now - began > WAIT_S:
             raise Busy(f"another promotion ({other}) is changing the registered models; nothing was changed. Run it again later")
         time.sleep(LOOK_AGAIN_S)
