@@ -22,7 +22,7 @@ from stages.pages import read_figures
 from stages.params import Chat, Models, Share, Tracking
 from stages.program import BadInput, BadModelFile, Busy, LimitBroken, run, say
 from stages.records import Answer, Question, Score, by_id, content_id, read_records
-from stages.registry import CHALLENGER, CHAMPION, PREVIOUS, aliases, change, changing, connected, version_named, version_of
+from stages.registry import CHALLENGER, CHAMPION, PREVIOUS, aliases, change, changing, connected, mend, version_named, version_of
 from stages.registry.answers import kept_answers, log_table, table_of
 from stages.registry.release import release_of
 from stages.release import SUMS_FILE, Release, gguf_name, plain_text, read_release
@@ -298,6 +298,7 @@ def main(
     table = table_of(questions, said, scores)
     key = sha256_of_file(gguf / SUMS_FILE)
     with connected(tracking) as client:
+        mend(client, name)
         own, champion = version_of(client, name, key), version_named(client, name, CHAMPION)
         refuse(own, champion, verdict, force)
         if champion is None or (own and own.version == champion.version):

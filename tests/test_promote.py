@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +22,10 @@ from stages.files import sha256_of_file
 from stages.llm import Reply, Store, request_key
 from stages.models import find_model
 from stages.params import Chat, Tracking
-from stages.program import BadInput, BadModelFile, LimitBroken
+from stages.program import BadInput, BadModelFile, Busy, LimitBroken
 from stages.promote import Scoring, champion_answers, main, md5_of, verify_checksums
 from stages.records import Answer, Question, Score, content_id, write_records
+from stages.registry import changing
 from stages.registry.answers import kept_answers
 from stages.registry.release import release_of
 from stages.release import Release, read_release, write_release
@@ -88,10 +90,8 @@ class Project(NamedTuple):
         return sorted(found, key=lambda version: int(version.version))
 
     def is_at_rest(self) -> bool:
-        """Nothing is locked and no change is unfinished."""
-        name = self.tracking.model_name
-        (model,) = self.client.search_registered_models(f"name = '{name}'")
-        return not self.client.search_registered_models(f"name = '{name}.lock'") and registry.UNFINISHED not in model.tags
+        """Nothing is locked."""
+        return not self.client.search_registered_models(f"name = '{self.tracking.model_name}.lock'")
 
 
 def write_model(folder: Path, weights: str = "weights", says: dict[str, str] = RIGHT, similarity: float = 0.9) -> None:
@@ -595,28 +595,41 @@ def test_a_store_that_refuses_is_named_in_one_line(local: Project, monkeypatch: 
 
 # ---- crashes and company
 
+WRITES = (  # to the registry, as SQL and as requests to a server
+    r"(INSERT INTO (registered_models|model_versions|logged_models)|(INSERT INTO|UPDATE) registered_model_aliases"
+    r"|DELETE FROM registered_models) ",
+    rb"(POST|DELETE) /api/2.0/mlflow/(registered-models/(create|alias|delete)|model-versions/create) ",
+)
+
 
 def killed(project: Project, write: int, rollback: bool) -> None:
-    """Runs the command in this process, which is killed at its `write`-th write to the registry in SQLite."""
+    """Runs the command in this process, which kills itself just before its `write`-th write to the registry."""
     import sqlalchemy
 
-    os.chdir(project.folder)
     left = [write]
 
-    @sqlalchemy.event.listens_for(sqlalchemy.engine.Engine, "before_cursor_execute")
-    def count(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if re.match(r"(INSERT INTO|UPDATE|DELETE FROM) (registered_model|model_version|logged_models)", statement):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+    def count(is_write: object) -> None:
+        left[0] -= bool(is_write)
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
 
+    def watch(event: str, told: tuple[Any, ...]) -> None:
+        if event == "http.client.send" and isinstance(told[1], bytes):
+            count(re.match(WRITES[1], told[1]))
+
+    if project.tracking.uri.startswith("sqlite"):
+        engine = sqlalchemy.engine.Engine
+        sqlalchemy.event.listen(engine, "before_cursor_execute", lambda *told: count(re.match(WRITES[0], told[2])))
+    else:
+        sys.addaudithook(watch)
+    os.chdir(project.folder)
     project.promote(rollback=rollback)
 
 
-def killed_at(project: Project, write: int, rollback: bool = False) -> bool:
-    """Whether the command was killed; False where it ended before so many writes."""
+def is_killed(project: Project, write: int, rollback: bool = False) -> bool:
+    """Whether the command was killed before its `write`-th write; False where it ended with fewer."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mlflow", "sqlalchemy", "stages.promote", "conftest", "mlflow_server"])
+    context.set_forkserver_preload(["mlflow", "sqlalchemy", "test_promote"])
     child = context.Process(target=killed, args=(project._replace(client=None), write, rollback))
     child.start()
     child.join()
@@ -624,17 +637,102 @@ def killed_at(project: Project, write: int, rollback: bool = False) -> bool:
     return child.exitcode != 0
 
 
-def test_a_promotion_that_is_killed_at_any_write_is_mended_by_the_next(local: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def under_another_name(project: Project, name: str) -> Project:
+    name = f"{project.tracking.model_name}-{name}"
+    return project._replace(tracking=Tracking(uri=project.tracking.uri, experiment=name, model_name=name))
+
+
+def test_a_promotion_that_is_killed_at_any_write_is_mended_by_the_next(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "KILLED_AFTER_S", 0.1)
     write = 1
-    fresh = Path("models/mlflow.db").read_bytes()
-    while killed_at(local, write):
-        local.promote()
-        assert local.aliases() == {"challenger": "1", "champion": "1"}, write
-        assert len(local.versions()) == 1 and local.is_at_rest(), write
-        assert "champion_since" in local.versions()[0].tags
-        experiment = local.client.get_experiment_by_name(local.tracking.experiment).experiment_id
-        assert len(local.client.search_logged_models([experiment])) == 1, write
-        Path("models/mlflow.db").write_bytes(fresh)
+    while is_killed(own := under_another_name(project, str(write)), write):
+        own.promote()
+        assert own.aliases() == {"challenger": "1", "champion": "1"}, write
+        assert len(own.versions()) == 1 and own.is_at_rest(), write
+        assert "champion_since" in own.versions()[0].tags
+        experiment = own.client.get_experiment_by_name(own.tracking.experiment).experiment_id
+        assert len(own.client.search_logged_models([experiment])) == 1, write
         write += 1
-    assert write > 9
+    assert write > 6
+
+
+def with_two_versions(project: Project) -> Project:
+    """Version 2 is champion and version 1 is previous."""
+    name = project.tracking.model_name
+    project.client.create_registered_model(name)
+    for _ in range(2):
+        project.client.create_model_version(name, "s3://somewhere/model")
+    for alias, version in {"champion": "2", "previous": "1"}.items():
+        project.client.set_registered_model_alias(name, alias, version)
+    return project
+
+
+def test_a_rollback_that_is_killed_at_any_write_is_finished_by_the_next_and_not_undone(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "KILLED_AFTER_S", 0.1)
+    write = 1
+    while is_killed(own := with_two_versions(under_another_name(project, str(write))), write, rollback=True):
+        own.promote(rollback=True)
+        assert own.aliases() == {"champion": "1", "previous": "2"}, write
+        assert own.is_at_rest() and "rolled_back" in own.versions()[1].tags
+        write += 1
+    assert own.aliases() == {"champion": "1", "previous": "2"}
+    assert write > 3
+
+
+def started(project: Project) -> subprocess.Popen[str]:
+    """`python -m stages.promote` in a process of its own."""
+    (project.folder / "params.yaml").write_bytes(
+        msgspec.yaml.encode(
+            {name: msgspec.to_builtins(values) for name, values in {**PARAMS, "tracking": project.tracking}.items()}
+        )
+    )
+    command = [sys.executable, "-m", "stages.promote"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        command, cwd=project.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_of_two_promotions_at_once_one_wins_and_the_other_says_so_and_can_be_run_again(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = project.tracking.model_name
+    other = project._replace(folder=project.folder / "other")
+    write_model(other.folder, "other weights")
+    project.client.create_registered_model(f"{name}.lock", tags={"holder": "the test"})  # until both stand before it
+    both = [started(project), started(other)]
+    for one in both:
+        assert one.stdout and one.stderr
+        assert "waiting for another promotion (the test)" in (one.stdout.readline() or one.stderr.read())
+    project.client.delete_registered_model(f"{name}.lock")
+    said = [(*one.communicate(timeout=120), one.returncode) for one in both]
+    (won,) = (place for place, (*_, code) in enumerate(said) if code == 0)
+    assert "version 1 is champion" in said[won][0]
+    assert said[1 - won][2] == 75
+    (line,) = [line for line in said[1 - won][1].splitlines() if line.startswith("promote:")]
+    assert line == "promote: version 1 became champion while this model was compared. Nothing was registered. Run it again"
+    assert project.aliases() == {"challenger": "1", "champion": "1"}
+    assert len(project.versions()) == 1 and project.is_at_rest()
+
+
+def test_a_lock_that_nobody_gives_back_is_taken_and_one_that_changes_hands_is_waited_for(
+    local: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = local.client
+    monkeypatch.setattr(registry, "KILLED_AFTER_S", 0.4)
+    client.create_registered_model("m.lock", tags={"holder": "killed"})
+    began = time.monotonic()
+    with changing(client, "m"):
+        assert time.monotonic() - began > 0.4
+    assert client.search_registered_models() == []
+    monkeypatch.setattr(registry, "KILLED_AFTER_S", 60)
+    monkeypatch.setattr(registry, "WAIT_S", 0.4)
+    client.create_registered_model("m.lock", tags={"holder": "slow"})
+    with (
+        pytest.raises(Busy, match=r"another promotion \(slow\) is changing the registered models; nothing was changed"),
+        changing(client, "m"),
+    ):
+        pass
+    assert client.get_registered_model("m.lock").tags == {"holder": "slow"}

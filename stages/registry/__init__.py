@@ -15,7 +15,7 @@ from stages.program import BadInput, Busy, say
 from stages.tracking import connect, tracking_uri, without_secrets
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
-UNFINISHED = "unfinished_change"  # a tag of the model
+HOLDER, CHANGE = "holder", "change"  # tags of the lock
 KILLED_AFTER_S = 60  # a change takes a second or two; a lock that stays for so long belongs to a process that was killed
 WAIT_S = 180
 LOOK_AGAIN_S = 0.3
@@ -63,48 +63,63 @@ def changing(client: Any, name: str) -> Iterator[Turn]:
     """Lets one process at a time change the versions of `name`, on whatever machine it runs.
 
     Setting an alias overwrites, so two could each believe that theirs is champion. The lock is a model in the registry, since a
-    name is what MLflow gives to only one of two. What a killed process had begun is finished first. Raises Busy.
+    name is what MLflow gives to only one of two; it holds what is being changed, so whoever takes it from a process that was killed
+    finishes that. Raises Busy.
     """
     lock, holder = f"{name}.lock", f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(4)}"
-    _take(client, lock, holder)
+    finished = _take(client, name, holder)
     try:
-        (model,) = _model(client, lock)
-        begun = [json.loads(one.tags[UNFINISHED]) for one in _model(client, name) if UNFINISHED in one.tags]
-        for wanted in begun:
-            _apply(client, name, wanted)
-        at = datetime.fromtimestamp(model.creation_timestamp / 1000, UTC).isoformat(timespec="milliseconds")
-        yield Turn(at, begun[0]["aliases"] if begun else {})
-    finally:
-        if _holder(client, lock) == holder:
+        (taken,) = _model(client, lock)
+        yield Turn(datetime.fromtimestamp(taken.creation_timestamp / 1000, UTC).isoformat(timespec="milliseconds"), finished)
+    except BaseException:
+        if not _tag(client, lock, CHANGE):  # else the next one finishes it
             client.delete_registered_model(lock)
+        raise
+    client.delete_registered_model(lock)
 
 
-def _take(client: Any, lock: str, holder: str) -> None:
+def mend(client: Any, name: str) -> None:
+    """Finishes what a killed process had begun, if anything."""
+    if _tag(client, f"{name}.lock", CHANGE):
+        with changing(client, name):
+            pass
+
+
+def _take(client: Any, name: str, holder: str) -> dict[str, str]:
+    """Makes the lock. Gives the aliases that a killed process had begun to set, and that are set now."""
     from mlflow.exceptions import MlflowException
 
+    lock, finished = f"{name}.lock", dict[str, str]()
     began = seen_since = time.monotonic()
     seen = ""
     while True:
         try:
-            client.create_registered_model(lock, tags={"holder": holder})
-            return
+            client.create_registered_model(lock, tags={HOLDER: holder})
+            return finished
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        other, now = _holder(client, lock), time.monotonic()
+        other, now = _tag(client, lock, HOLDER), time.monotonic()
         if other and other != seen:
             say(f"promote: waiting for another promotion ({other}), which is changing the registered models")
             seen, seen_since = other, now
         elif other and now - seen_since > KILLED_AFTER_S:
-            with contextlib.suppress(MlflowException):  # another one that waited was faster
-                client.delete_registered_model(lock)
+            with contextlib.suppress(MlflowException):  # of two that wait, the other one was faster
+                client.set_registered_model_tag(lock, HOLDER, holder)
+                time.sleep(LOOK_AGAIN_S)
+                if _tag(client, lock, HOLDER) == holder:
+                    if begun := _tag(client, lock, CHANGE):
+                        finished = _apply(client, name, json.loads(begun))
+                    client.delete_registered_model(lock)
+                    continue
         if now - began > WAIT_S:
             raise Busy(f"another promotion ({other}) is changing the registered models; nothing was changed. Run it again later")
         time.sleep(LOOK_AGAIN_S)
 
 
-def _holder(client: Any, lock: str) -> str:
-    return next((str(model.tags.get("holder")) for model in _model(client, lock)), "")
+def _tag(client: Any, name: str, key: str) -> str:
+    """The tag `key` of the registered model `name`; empty where there is none."""
+    return next((str(model.tags.get(key, "")) for model in _model(client, name)), "")
 
 
 def _model(client: Any, name: str) -> list[Any]:
@@ -113,23 +128,25 @@ def _model(client: Any, name: str) -> list[Any]:
 
 
 def change(client: Any, name: str, to: Mapping[str, str], tags: Mapping[str, Mapping[str, str]]) -> None:
-    """Points each alias to its version in `to`, and sets `tags` by version: all of it, or after a crash by the next `changing`.
+    """In `changing`: points each alias to its version in `to`, and sets `tags` by version; all of it, if need be by the next one.
 
-    Raises Busy when the aliases are not what was set, since somebody else moves them, as by hand.
+    Raises Busy when an alias is not what was set, since somebody moves it by hand.
     """
+    lock = f"{name}.lock"
     wanted = {"aliases": dict(to), "tags": {version: dict(own) for version, own in tags.items()}}
-    client.set_registered_model_tag(name, UNFINISHED, json.dumps(wanted))
+    client.set_registered_model_tag(lock, CHANGE, json.dumps(wanted))
     _apply(client, name, wanted)
     found = aliases(client, name)
     for alias, version in to.items():
         if found.get(alias) != version:
+            client.delete_registered_model_tag(lock, CHANGE)
             raise Busy(f"the alias {alias} was moved to version {found.get(alias)} at the same time. Look, then run it again")
 
 
-def _apply(client: Any, name: str, wanted: dict[str, Any]) -> None:
+def _apply(client: Any, name: str, wanted: dict[str, Any]) -> dict[str, str]:
     for version, own in wanted["tags"].items():
         for key, value in own.items():
             client.set_model_version_tag(name, version, key, value)
     for alias, version in wanted["aliases"].items():
         client.set_registered_model_alias(name, alias, version)
-    client.delete_registered_model_tag(name, UNFINISHED)
+    return dict(wanted["aliases"])
