@@ -9,6 +9,7 @@ must be asked.
 
 import contextlib
 import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,12 @@ from stages.registry import CHALLENGER, CHAMPION, PREVIOUS, aliases, change, cha
 from stages.registry.answers import kept_answers, log_table, table_of
 from stages.registry.release import release_of
 from stages.release import SUMS_FILE, Release, gguf_name, plain_text, read_release
-from stages.scoreboard import Scoreboard, brief, read_scoreboard
+from stages.scoreboard import Scoreboard, brief, in_order, read_scoreboard
 from stages.scoring import Sampling, score_answers
 from stages.systems import Asking, ask_llama, requests_for
 from stages.tracking import experiment_of, folder_md5, git_commit
 from stages.verdict import Gate, Gates, Verdict, champion_gate, judge, outcome_of
 
-TAGGED = ("similarity", "passed", "abstained")  # measures whose means stand in a version's tags
 SCORED = ("export", "answer", "evaluate")  # the stages between an adapter and its scores
 
 
@@ -174,25 +174,24 @@ def version_tags(
     hashes: Mapping[str, str],
     paths: Mapping[str, Path],
 ) -> dict[str, str]:
-    """What a version says about itself: the files' hashes, what they were made from, the scores and what each gate found."""
-    tags = {
-        "quant": release.serve,
+    """What a version says about itself: the verdict and what each gate found, the scores, the files' hashes and their origin."""
+    tags = {"verdict": verdict.outcome, "verdict_reason": verdict.reason, "quant": release.serve}
+    tags |= {f"gate.{gate.name}": f"{gate.outcome}: {gate.reason}" for gate in verdict.gates}
+    for name, scores in board.sets.items():
+        for measure in ("similarity", "abstained") if name == "out_of_scope" else ("similarity",):
+            found = [(system, scores.systems[system].measures.get(measure)) for system in in_order(list(scores.systems))]
+            tags[f"{measure}.{name}"] = ", ".join(f"{system} {brief(one)}" for system, one in found if one)
+    tags |= {f"{name}_path": path.as_posix() for name, path in paths.items()}
+    tags |= {f"{name}_md5": hashes[path.as_posix()] for name, path in paths.items() if path.as_posix() in hashes}
+    tags |= {f"sha256.{name}": digest for name, digest in sums.items()}
+    tags |= {
+        "git_commit": git_commit(),
         "base": release.base,
         "base_sha256": release.base_sha256,
         "adapter_sha256": release.adapter_sha256,
         "chat_sha256": release.chat_sha256,
         "release": msgspec.json.encode(release).decode(),
-        "git_commit": git_commit(),
-        "verdict": verdict.outcome,
-        "verdict_reason": verdict.reason,
     }
-    tags |= {f"gate.{gate.name}": f"{gate.outcome}: {gate.reason}" for gate in verdict.gates}
-    tags |= {f"sha256.{name}": digest for name, digest in sums.items()}
-    tags |= {f"{name}_path": path.as_posix() for name, path in paths.items()}
-    tags |= {f"{name}_md5": hashes[path.as_posix()] for name, path in paths.items() if path.as_posix() in hashes}
-    for name, scores in board.sets.items():
-        for system, one in scores.systems.items():
-            tags |= {f"{name}.{measure}.{system}": brief(one.measures[measure]) for measure in TAGGED if measure in one.measures}
     return {key: value for key, value in tags.items() if value}
 
 
@@ -233,14 +232,18 @@ def register(client: Any, tracking: Tracking, tags: dict[str, str], run_id: str)
 
     name = tracking.model_name
     if known := version_of(client, name, tags["sha256sums"]):
+        version = str(known.version)
         for key, value in tags.items():
-            client.set_model_version_tag(name, str(known.version), key, value)
-        return str(known.version)
-    # one without a version is left where a promotion was killed in between
-    experiment = experiment_of(client, tracking.experiment)
-    left = client.search_logged_models([experiment], f"tags.sha256sums = '{tags['sha256sums']}'")
-    model = left[0] if left else mlflow.create_external_model(name, source_run_id=run_id, tags=tags, model_type="gguf")
-    return str(mlflow.register_model(f"models:/{model.model_id}", name, tags=tags).version)
+            client.set_model_version_tag(name, version, key, value)
+    else:
+        # one without a version is left where a promotion was killed in between
+        experiment = experiment_of(client, tracking.experiment)
+        left = client.search_logged_models([experiment], f"tags.sha256sums = '{tags['sha256sums']}'")
+        model = left[0] if left else mlflow.create_external_model(name, source_run_id=run_id, tags=tags, model_type="gguf")
+        with contextlib.redirect_stderr(io.StringIO()):  # MLflow's own lines about what the last line says
+            version = str(mlflow.register_model(f"models:/{model.model_id}", name, tags=tags).version)
+    client.update_model_version(name, version, f"{tags['verdict']}: {tags['verdict_reason']}")
+    return version
 
 
 def roll_back(client: Any, name: str) -> str:
@@ -315,8 +318,7 @@ def main(
                 raise Busy(f"version {found} became champion while this model was compared. Nothing was registered. Run it again")
             run_id = run_of_version(client, tracking, figures.get("train", {}).get("mlflow_run_id", ""), key)
             log_datasets(client, run_id, {"evaluation": (exam, hashes.get(exam.as_posix()) or board.questions_sha256[:36])})
-            tags["answers"] = f"runs:/{run_id}/{log_table(client, run_id, table)}"
-            version = register(client, tracking, tags, run_id)
+            version = register(client, tracking, tags | log_table(client, run_id, table), run_id)
             say(f"promote: {name_version(client, name, version, verdict, force, turn.at)}")
 
 

@@ -10,7 +10,8 @@ import msgspec
 from stages.records import Answer, Question, Score, content_id
 from stages.scoreboard import MEASURES, in_order
 
-COLUMNS = ("set", "question", "reference", "system", "answer", *MEASURES, "type", "section_id", "question_id")
+PATH = "answers.json"  # the same in every run: MLflow's pages set tables of one name side by side
+COLUMNS = ("question", "system", "answer", "reference", *MEASURES, "set", "type", "section_id", "question_id")
 
 
 def table_of(questions: Mapping[str, Question], answers: Sequence[Answer], scores: Mapping[str, Score]) -> dict[str, Any]:
@@ -27,22 +28,17 @@ def table_of(questions: Mapping[str, Question], answers: Sequence[Answer], score
     return {"columns": list(COLUMNS), "data": rows}
 
 
-def log_table(client: Any, run_id: str, table: dict[str, Any]) -> str:
-    """Keeps `table` as an artifact of the run, and gives its path, which is the same for the same table: none is there twice."""
+def log_table(client: Any, run_id: str, table: dict[str, Any]) -> dict[str, str]:
+    """Keeps `table` as an artifact of the run, in the place of an older one. Gives the tags by which `kept_answers` finds it again."""
     from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
-    text = json.dumps(table, ensure_ascii=False)
-    path = f"answers/{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
-    client.log_text(run_id, text, path)  # not client.log_table, which adds the rows once more
-    known = json.loads(client.get_run(run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
-    entry = {"path": path, "type": "table"}
-    if entry not in known:
-        client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*known, entry]))
-    return path
+    client.log_text(run_id, json.dumps(table), PATH)  # not client.log_table, which adds the rows once more
+    client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([{"path": PATH, "type": "table"}]))
+    return {"answers": f"runs:/{run_id}/{PATH}", "answers_sha256": _digest(table)}
 
 
 def kept_answers(tags: Mapping[str, str]) -> list[Answer]:
-    """What the shipped file of the version with these tags answered when it was scored; [] where the table is gone."""
+    """What the shipped file of the version with these tags answered when it was scored; [] where that table is gone."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -51,6 +47,8 @@ def kept_answers(tags: Mapping[str, str]) -> list[Answer]:
     try:
         table = mlflow.artifacts.load_dict(tags["answers"])
     except (MlflowException, OSError):  # deleted, or on the disk of the machine that promoted it
+        return []
+    if _digest(table) != tags["answers_sha256"]:  # by another version of the same run
         return []
     rows = (dict(zip(table["columns"], row, strict=True)) for row in table["data"])
     return [
@@ -63,3 +61,7 @@ def kept_answers(tags: Mapping[str, str]) -> list[Answer]:
         for row in rows
         if row["system"] == tags["quant"]
     ]
+
+
+def _digest(table: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(table).encode()).hexdigest()
