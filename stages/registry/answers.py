@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from stages.records import Answer, Question, Score, content_id
-from stages.scoreboard import MEASURES, in_order
+from stages.scoreboard import MEASURES, SETS, in_order
 
 PATH = "answers.json"  # the same in every run: MLflow's pages set tables of one name side by side
 COLUMNS = ("question", "system", "answer", "reference", *MEASURES, "set", "type", "section_id", "question_id")
@@ -18,8 +18,8 @@ def table_of(questions: Mapping[str, Question], answers: Sequence[Answer], score
     """COLUMNS and a row per answer, the answers to one question below each other; `scores` by the answers' ids."""
     place = {system: number for number, system in enumerate(in_order(sorted({answer.system for answer in answers})))}
 
-    def order(answer: Answer) -> tuple[str, str, int]:
-        return questions[answer.question_id].set, answer.question_id, place[answer.system]
+    def order(answer: Answer) -> tuple[int, str, int]:
+        return SETS.index(questions[answer.question_id].set), answer.question_id, place[answer.system]
 
     rows = []
     for answer in sorted(answers, key=order):
