@@ -20,9 +20,7 @@ from stages.records import Answer, Example, Question, Score, by_id, read_records
 from stages.scoreboard import (
     BASELINES,
     COLUMNS,
-    MEASURES,
     SETS,
-    Interval,
     Scoreboard,
     SetScores,
     SystemScores,
@@ -30,7 +28,7 @@ from stages.scoreboard import (
     in_order,
     score_rows,
 )
-from stages.scoring import Sampling, compare, interval, is_empty, score_answers
+from stages.scoring import Sampling, compare, is_empty, means, score_answers
 
 PARTIAL = "oracle"  # sees the passage that holds the quote, so it answers only the questions that have one
 
@@ -116,7 +114,11 @@ def score_set(scores: Sequence[Score], empty: set[str], sampling: Sampling, is_p
         for system in systems[place + 1 :]
     }
     by_type = {
-        kind: {system: found for system in systems if (found := mean_of("similarity", by_system[system], sampling, kind))}
+        kind: {
+            system: one["similarity"]
+            for system in systems
+            if "similarity" in (one := means([score for score in by_system[system] if score.type == kind], sampling))
+        }
         for kind in sorted({score.type for score in scores})
     }
     unknown = {score.question_id for score in by_system["base"] if not score.passed}
@@ -127,7 +129,7 @@ def score_set(scores: Sequence[Score], empty: set[str], sampling: Sampling, is_p
             system: SystemScores(
                 n=len(by_system[system]),
                 empty=sum(score.id in empty for score in by_system[system]),
-                measures={name: found for name in MEASURES if (found := mean_of(name, by_system[system], sampling))},
+                measures=means(by_system[system], sampling),
             )
             for system in systems
         },
@@ -139,13 +141,6 @@ def score_set(scores: Sequence[Score], empty: set[str], sampling: Sampling, is_p
     )
 
 
-def mean_of(measure: str, scores: Iterable[Score], sampling: Sampling, kind: str = "") -> Interval | None:
-    """The mean of `measure` over the scores that have it, of questions of the type `kind` where one is given; None without any."""
-    found = [(getattr(score, measure), score.section_id) for score in scores if score.type == (kind or score.type)]
-    known = [(value, section) for value, section in found if value is not None]
-    return interval([value for value, _ in known], [section for _, section in known], sampling) if known else None
-
-
 def table(name: str, scores: SetScores) -> str:
     """`scores` for the terminal: a line per system, without the columns in which no system has a figure, and what training changed."""
     columns = [column for column in zip(COLUMNS, *score_rows(scores), strict=True) if any(column[1:])]
@@ -153,12 +148,14 @@ def table(name: str, scores: SetScores) -> str:
     rows = zip(*columns, strict=True)
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     found = scores.comparisons["tuned-base"]
+    shown = f"= {figure(found.p)}" if found.p >= 0.001 else "< 0.001"
     lines.append(
-        f"tuned passed {found.won} that base did not, and base {found.lost} that tuned did not (exact McNemar p = {figure(found.p)})"
+        f"tuned passed {found.won} that base did not, and base {found.lost} that tuned did not (exact McNemar p {shown})"
         + (f"; the least gain to be seen is {figure(found.minimum_effect)}" if found.minimum_effect is not None else "")
     )
     sections = f"{scores.sections} sections" if scores.sections > 1 else "1 section, which gives no interval"
-    return "\n  ".join([f"{name}, {scores.questions} questions, {sections}", *lines])
+    asked = "1 question" if scores.questions == 1 else f"{scores.questions} questions"
+    return "\n  ".join([f"{name}, {asked}, {sections}", *lines])
 
 
 def main(

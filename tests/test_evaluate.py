@@ -122,7 +122,7 @@ def test_the_table_has_a_line_per_system_and_no_column_without_a_figure() -> Non
     scores = [score("q1", "a", "base", 0.5), score("q1", "a", "tuned", 0.875)]
     lines = table("recall", score_set(scores, set(), EVALUATE)).splitlines()
     assert lines == [
-        "recall, 1 questions, 1 section, which gives no interval",
+        "recall, 1 question, 1 section, which gives no interval",
         "  system  n  empty  similarity  ROUGE-L  passed  abstained  over base",
         "  base    1  0      0.500       0.250    0.000   0.000",
         "  tuned   1  0      0.875       0.438    1.000   0.000      0.375",

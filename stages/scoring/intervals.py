@@ -2,6 +2,8 @@
 
 import functools
 import math
+import operator
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -12,6 +14,7 @@ from stages.program.errors import BadRecord
 from stages.records import Score
 from stages.scoreboard import MEASURES, Comparison, Interval
 
+_values = operator.attrgetter(*MEASURES)
 POWER = 0.8  # the chance with which a minimum effect is seen; the usual choice (Cohen 1988, section 2.4)
 
 
@@ -30,17 +33,12 @@ def interval(values: Sequence[float], sections: Sequence[str], sampling: Samplin
     Welsh 2007, "Bootstrapping clustered data"). The same ends as scipy.stats.bootstrap's, whose draws are made once for all values
     with as many sections. One section gives no interval. Raises BadRecord when a value is not a number, or when there is none.
     """
-    import numpy as np
+    return _intervals([(value,) for value in values], sections, sampling)[0]
 
-    sums, counts = _by_section(values, sections)
-    mean = round(math.fsum(values) / len(values), 6)
-    if len(counts) == 1:
-        return Interval(mean, None, None)
-    drawn = _draws(len(counts), sampling.resamples, sampling.seed)
-    means = (drawn @ sums) / (drawn @ counts)
-    tail = (1 - sampling.confidence) / 2
-    low, high = np.percentile(means, [100 * tail, 100 * (1 - tail)])
-    return Interval(mean, round(float(low), 6), round(float(high), 6))
+
+def means(scores: Sequence[Score], sampling: Sampling) -> dict[str, Interval]:
+    """The `interval` of each measure over the scores that have it; a measure that none has is absent."""
+    return _means([_values(score) for score in scores], [score.section_id for score in scores], sampling)
 
 
 def minimum_effect(differences: Sequence[float], sections: Sequence[str], confidence: float) -> float | None:
@@ -51,7 +49,7 @@ def minimum_effect(differences: Sequence[float], sections: Sequence[str], confid
     their number * mean)^2 / n^2 (Cameron and Miller 2015, "A Practitioner's Guide to Cluster-Robust Inference", section II).
     None from one section.
     """
-    sums, counts = _by_section(differences, sections)
+    (sums,), counts = (part.T for part in _by_section([(value,) for value in differences], sections))
     groups = len(counts)
     if groups == 1:
         return None
@@ -71,22 +69,18 @@ def compare(mine: Sequence[Score], theirs: Sequence[Score], sampling: Sampling) 
     ]
     if not pairs:
         return None
-    gains: dict[str, Interval] = {}
-    effect = None
-    for measure in MEASURES:
-        both = [(getattr(one, measure), getattr(other, measure), one.section_id) for one, other in pairs]
-        found = [(one - other, section) for one, other, section in both if one is not None and other is not None]
-        if found:
-            differences, sections = [value for value, _ in found], [section for _, section in found]
-            gains[measure] = interval(differences, sections, sampling)
-            if measure == "similarity":
-                effect = minimum_effect(differences, sections, sampling.confidence)
+    sections = [one.section_id for one, _ in pairs]
+    values = [list(zip(_values(one), _values(other), strict=True)) for one, other in pairs]
+    differences = [[None if None in both else both[0] - both[1] for both in row] for row in values]
+    similar = [(row[0], section) for row, section in zip(differences, sections, strict=True) if row[0] is not None]
+    changes, where = [change for change, _ in similar], [section for _, section in similar]
+    effect = minimum_effect(changes, where, sampling.confidence) if similar else None
     won = sum(one.passed > other.passed for one, other in pairs)
     lost = sum(one.passed < other.passed for one, other in pairs)
     return Comparison(
         n=len(pairs),
-        sections=len({one.section_id for one, _ in pairs}),
-        gains=gains,
+        sections=len(set(sections)),
+        gains=_means(differences, sections, sampling),
         minimum_effect=effect,
         won=won,
         lost=lost,
@@ -110,17 +104,52 @@ def _mcnemar(won: int, lost: int) -> float:
     return round(float(binomtest(won, won + lost, 0.5).pvalue), 6) if won + lost else 1.0
 
 
-def _by_section(values: Sequence[float], sections: Sequence[str]) -> tuple[Any, Any]:
-    """The sum and the number of the values of each section, as arrays, in the order in which sections appear."""
+def _means(rows: Sequence[Sequence[float | None]], sections: Sequence[str], sampling: Sampling) -> dict[str, Interval]:
+    """By measure, the interval of the rows that have it; a row holds a value for each of MEASURES."""
+    together: dict[tuple[int, ...], list[int]] = defaultdict(list)  # measures that the same rows have are drawn at once
+    for column, values in enumerate(zip(*rows, strict=True)):
+        together[tuple(place for place, value in enumerate(values) if value is not None)].append(column)
+    found = {
+        MEASURES[column]: one
+        for places, columns in together.items()
+        if places
+        for column, one in zip(
+            columns,
+            _intervals(
+                [[rows[place][column] for column in columns] for place in places], [sections[place] for place in places], sampling
+            ),
+            strict=True,
+        )
+    }
+    return {measure: found[measure] for measure in MEASURES if measure in found}
+
+
+def _intervals(rows: Sequence[Sequence[float | None]], sections: Sequence[str], sampling: Sampling) -> list[Interval]:
+    """The interval of each column of `rows`, as `interval` describes it."""
     import numpy as np
 
-    if not values:
-        raise BadRecord("there is no score, so there is no mean. Rebuild the scores with: dvc repro --force evaluate")
-    if not all(map(math.isfinite, values)):
-        raise BadRecord("a score is not a number, so there is no mean. Rebuild the scores with: dvc repro --force evaluate")
+    sums, counts = _by_section(rows, sections)
+    centres = [round(math.fsum(column) / len(rows), 6) for column in zip(*rows, strict=True)]  # type: ignore[arg-type]
+    if len(counts) == 1:
+        return [Interval(centre, None, None) for centre in centres]
+    drawn = _draws(len(counts), sampling.resamples, sampling.seed)
+    tail = (1 - sampling.confidence) / 2
+    ends = np.percentile((drawn @ sums) / (drawn @ counts)[:, None], [100 * tail, 100 * (1 - tail)], axis=0).round(6)
+    return [Interval(centre, float(low), float(high)) for centre, low, high in zip(centres, *ends, strict=True)]
+
+
+def _by_section(rows: Sequence[Sequence[float | None]], sections: Sequence[str]) -> tuple[Any, Any]:
+    """The sums (G, k) of the rows (n, k) of each of G sections, in the order in which sections appear, and their numbers (G,)."""
+    import numpy as np
+
+    values = np.asarray(rows, dtype=float)
+    if not len(values) or not np.isfinite(values).all():
+        fault = "a score is not a number" if len(values) else "there is no score"
+        raise BadRecord(f"{fault}, so there is no mean. Rebuild the scores with: dvc repro --force evaluate")
     places: dict[str, int] = {}
-    rows = np.array([places.setdefault(section, len(places)) for section in sections])
-    return np.bincount(rows, weights=np.asarray(values, dtype=float)), np.bincount(rows).astype(float)
+    own = np.array([places.setdefault(section, len(places)) for section in sections])
+    sums = np.stack([np.bincount(own, weights=column) for column in values.T], axis=1)
+    return sums, np.bincount(own).astype(float)
 
 
 @functools.lru_cache(maxsize=8)

@@ -94,8 +94,8 @@ def champion_gate(
     `mine` and `theirs` are the scores of the two shipped files, paired by question id, in any order. Not measured where they
     share no recall question. The outcome is "failed", "passed", "not enough evidence" or "not measured", as of every gate.
     """
-    recall = ([score for score in scores if score.set == "recall"] for scores in (mine, theirs))
-    found = compare(*recall, Sampling(confidence, resamples, seed))
+    own, champions = ([score for score in scores if score.set == "recall"] for scores in (mine, theirs))
+    found = compare(own, champions, Sampling(confidence, resamples, seed))
     if not found:
         return Gate("champion", "not measured", "the champion answered none of these recall questions")
     if "similarity" not in found.gains:
@@ -121,8 +121,9 @@ def _data_gate(figures: Mapping[str, Mapping[str, Any]]) -> Gate:
 
 def _leaks_gate(scores: Scoreboard) -> Gate:
     if scores.leaks:
-        few = ", ".join(scores.leaks[:3])
-        return Gate("leaks", "failed", f"{len(scores.leaks)} questions stand in the training data, such as {few}")
+        return Gate(
+            "leaks", "failed", f"questions in the training data: {len(scores.leaks)}, such as {', '.join(scores.leaks[:3])}"
+        )
     return Gate("leaks", "passed", "no question stands in the training data")
 
 

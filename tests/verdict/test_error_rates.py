@@ -98,7 +98,7 @@ def test_a_clear_gain_does_not_carry_a_loss_of_as_much_as_a_gate_forbids(loss: d
     assert promoted(seed=3, draws=100, gain=0.25, **loss)[0] <= 0.08  # 2.5 %, and what chance adds to it in 100 draws
 
 
-def test_equal_champions_rarely_lose_their_place_to_a_worse_model() -> None:
+def test_a_model_that_is_worse_than_the_champion_by_what_its_gate_forbids_rarely_passes_it() -> None:
     rng = numpy.random.default_rng(4)
     sections = [*range(80), *range(60, 80)]
     outcomes = []
