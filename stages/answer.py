@@ -4,39 +4,19 @@ One rendering of the conversation, greedy decoding, the same token limit for all
 llama.cpp: the file that is scored is the file that ships. Answers are kept in data/store, so a rerun asks only what changed.
 """
 
-import contextlib
 import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from stages.chats import with_system
 from stages.files import new_folder, sha256_of, write_json
-from stages.llm import Endpoint, Keep, Reply, Request, Store, Tally, ask_all, ask_missing, request_key
-from stages.llm.llama_cpp import llama_server
+from stages.llm import Keep, Reply, Request, Store, ask_missing, request_key
 from stages.models import as_hf_folder, free_cores, load_tokenizer
-from stages.params import Chat, Models, Positive
+from stages.params import Chat, Models
 from stages.program import BadInput, LimitBroken, progress, run, say
-from stages.records import Answer, Message, Question, content_id, read_records, write_records
-
-
-class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    batch_size: Positive  # prompts at once for base and tuned
-    concurrency: Positive  # requests at once for a GGUF file
-    timeout_s: Positive
-
-
-def requests_for(questions: list[Question], chat: Chat, model_sha256: str) -> dict[str, Request]:
-    """Question id -> the request that puts the question to the model with that hash: greedy, in the one rendering."""
-    requests = {}
-    for question in questions:
-        conversation = with_system(chat.system_prompt, [Message("user", question.question)])
-        messages = tuple((message["role"], message["content"]) for message in conversation)
-        requests[question.id] = Request(model_sha256, messages, temperature=0.0, max_tokens=chat.max_new_tokens, seed=0)
-    return requests
+from stages.records import Answer, Question, content_id, read_records, write_records
+from stages.systems import Asking, ask_llama, requests_for
 
 
 def write_with_transformers(folder: Path, batch_size: int, requests: Mapping[str, Request], keep: Keep) -> float:
@@ -77,18 +57,6 @@ def _prompt(tokenizer: Any, request: Request) -> str:
     return str(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
 
 
-def ask_llama(
-    gguf: Path, requests: Mapping[str, Request], kept: Store, chat: Chat, answer: Params
-) -> tuple[dict[str, Reply], Tally]:
-    """`ask_all` of the model in the file `gguf`, by a server that is started when a reply is missing."""
-    with contextlib.ExitStack() as servers:
-
-        def endpoints() -> list[Endpoint]:
-            return [servers.enter_context(llama_server(gguf, chat.context_tokens, answer.concurrency))]
-
-        return ask_all(requests, kept, endpoints, answer.concurrency, answer.timeout_s, f"answer {gguf.stem}")
-
-
 def main(
     questions: Path,
     merged: Path,
@@ -97,7 +65,7 @@ def main(
     answers: Path,
     metrics: Path,
     *,
-    answer: Params,
+    answer: Asking,
     chat: Chat,
     models: Models,
 ) -> None:
@@ -111,7 +79,7 @@ def main(
     replies: dict[str, dict[str, Reply]] = {}
     speeds: dict[str, dict[str, float | int | None]] = {}
     for system, path in {"base": as_hf_folder(models.base), "tuned": merged, **quants}.items():
-        requests = requests_for(asked, chat, sha256_of(path))
+        requests = requests_for({question.id: question.question for question in asked}, chat, sha256_of(path))
         keyed = {request_key(request): request for request in requests.values()}
         if system in quants:
             found, tally = ask_llama(path, keyed, kept, chat, answer)

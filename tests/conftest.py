@@ -49,6 +49,16 @@ def no_tracking_server_from_another_test() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty SQLite store of MLflow, to be copied: making one takes seconds."""
+    from stages.tracking import client_of
+
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    client_of(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base model as a folder of transformers."""
     from stages.models import as_hf_folder

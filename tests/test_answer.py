@@ -4,13 +4,14 @@ from pathlib import Path
 import pytest
 from conftest import CHAT, MODELS
 
-from stages.answer import Params, main, requests_for, speed, write_with_transformers
+from stages.answer import main, speed, write_with_transformers
 from stages.files import sha256_of
 from stages.llm import Reply, Request, Store, request_key
 from stages.models import load_tokenizer
 from stages.params import Chat
 from stages.program import BadInput
 from stages.records import Question, write_records
+from stages.systems import Asking, requests_for
 
 SHORT = Chat(system_prompt="Answer briefly.", max_new_tokens=8, context_tokens=512)
 TEXTS = ("What color is the sky?", "Name a color.", "Why does water boil when it is heated on the stove?")
@@ -28,7 +29,7 @@ def written(folder: Path, requests: dict[str, Request], batch_size: int) -> dict
 
 @pytest.fixture(scope="module")
 def requests() -> dict[str, Request]:
-    return requests_for([question(text) for text in TEXTS], SHORT, "model")
+    return requests_for({text: text for text in TEXTS}, SHORT, "model")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_a_request_puts_the_system_prompt_first_and_decodes_greedily(requests: d
 
 
 def test_another_model_or_system_prompt_or_limit_is_another_request(requests: dict[str, Request]) -> None:
-    asked = [question(TEXTS[0])]
+    asked = {TEXTS[0]: TEXTS[0]}
     others = [requests_for(asked, SHORT, "other"), requests_for(asked, CHAT, "model")]
     others.append(requests_for(asked, Chat("Answer at length.", 8, 512), "model"))
     keys = {request_key(some[TEXTS[0]]) for some in [requests, *others]}
@@ -80,7 +81,7 @@ def test_the_token_count_and_the_cut_are_those_of_the_reply(base_folder: Path, r
 
 def test_an_answer_that_ends_by_itself_is_whole(base_folder: Path) -> None:
     chat = Chat("Answer with one word.", 40, 512)
-    (reply,) = written(base_folder, requests_for([question("What is the capital of France?")], chat, "m"), 1).values()
+    (reply,) = written(base_folder, requests_for({"q": "What is the capital of France?"}, chat, "m"), 1).values()
     assert reply.is_whole
     assert 0 < reply.tokens < 40
 
@@ -88,7 +89,7 @@ def test_an_answer_that_ends_by_itself_is_whole(base_folder: Path) -> None:
 def test_no_question_is_an_error_before_any_model_is_loaded(tmp_path: Path) -> None:
     questions = tmp_path / "questions.jsonl"
     write_records(questions, [])
-    settings = Params(batch_size=2, concurrency=2, timeout_s=60)
+    settings = Asking(batch_size=2, concurrency=2, timeout_s=60)
     with pytest.raises(BadInput, match=r"questions\.jsonl holds no question"):
         main(
             questions,
@@ -107,7 +108,7 @@ def test_no_question_is_an_error_before_any_model_is_loaded(tmp_path: Path) -> N
 def test_a_folder_without_gguf_files_is_an_error(tmp_path: Path) -> None:
     questions = tmp_path / "questions.jsonl"
     write_records(questions, [question(TEXTS[0])])
-    settings = Params(batch_size=2, concurrency=2, timeout_s=60)
+    settings = Asking(batch_size=2, concurrency=2, timeout_s=60)
     with pytest.raises(BadInput, match=r"holds no \.gguf file"):
         main(
             questions,
@@ -132,10 +133,10 @@ def test_kept_answers_are_written_for_every_system_without_a_model_or_a_server(t
     write_records(questions, asked)
     store = Store(tmp_path / "store", "answer")
     for system, path in {"base": base, "tuned": merged, "q8_0": gguf / "docsmith-q8_0.gguf"}.items():
-        for text, request in requests_for(asked, SHORT, sha256_of(path)).items():
+        for text, request in requests_for({one.id: one.question for one in asked}, SHORT, sha256_of(path)).items():
             store.keep(request_key(request), Reply(f" {system}: {text} "))
     store.close()
-    settings = Params(batch_size=2, concurrency=2, timeout_s=60)
+    settings = Asking(batch_size=2, concurrency=2, timeout_s=60)
     models = type(MODELS)(base=str(base), teacher="", embedder="")
     main(
         questions,
