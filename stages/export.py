@@ -76,8 +76,11 @@ def main(adapter: Path, merged: Path, gguf: Path, metrics: Path, export: Params,
         write_release(draft, release)
 
     sizes = {quant: (gguf / gguf_name(quant)).stat().st_size for quant in export.quants}
-    files = {gguf_name(quant): {"bytes": size, "quant": quant} for quant, size in sizes.items()}
-    lineage = {"base_sha256": release.base_sha256, "chat_sha256": release.chat_sha256}
+    files = {
+        name: {"bytes": sizes[quant], "quant": quant, "sha256": sha256_of(gguf / name)}
+        for quant, name in ((quant, gguf_name(quant)) for quant in export.quants)
+    }
+    lineage = {"base_sha256": release.base_sha256, "merged_sha256": sha256_of(merged), "chat_sha256": release.chat_sha256}
     write_json(metrics, {"files": files, "seconds": seconds, "peak_memory_mb": peak_memory_mb()} | lineage)
     say(f"export: {', '.join(f'{quant} {size / 1e6:.1f} MB' for quant, size in sizes.items())} -> {gguf}")
 
