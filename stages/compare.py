@@ -212,12 +212,14 @@ def _signed(value: Any) -> str:
 def compared(before: Before, board: Scoreboard, served: str, reports: Path, data: Path) -> dict[str, Any]:
     """What compare.md.jinja shows of `before` and of the run at hand."""
     was = before.report.get("served", served)
+    settings = difference_rows(msgspec.json.decode(dvc("params", "diff", "--json", before.commit)))
     shown: dict[str, Any] = {
         "outcome": dig(before.report, "verdict", "outcome"),
         "served": served,
         "was": was,
         "missing": before.missing,
-        "settings": difference_rows(msgspec.json.decode(dvc("params", "diff", "--json", before.commit))),
+        "settings": settings,
+        "other_rule": [name for name, *_ in settings if name.startswith(("evaluate.", "models.embedder"))],
         "figures": [
             row
             for row in difference_rows(msgspec.json.decode(dvc("metrics", "diff", "--json", before.commit)))
@@ -230,14 +232,14 @@ def compared(before: Before, board: Scoreboard, served: str, reports: Path, data
     if before.scoreboard is None:
         return shown
     if before.scores is None or before.answers is None:
-        return shown | {"head": UNPAIRED, "rows": unpaired_rows(board, before.scoreboard, served, was)}
+        return shown | {"head": list(UNPAIRED), "rows": unpaired_rows(board, before.scoreboard, served, was)}
     sampling = Sampling(board.confidence, RESAMPLES, board.seed)
     scores = read_records(data / "scores.jsonl", Score)
     systems = {one.system for one in scores} & {one.system for one in before.scores} - {served, was}
     now = _with_scores(read_records(data / f"answers/{served}.jsonl", Answer), scores)
     then = _with_scores(before.answers, before.scores)
     return shown | {
-        "head": PAIRED,
+        "head": list(PAIRED),
         "rows": paired_rows(scores, before.scores, served, was, sampling),
         "others": [
             (system, *row)

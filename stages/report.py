@@ -52,7 +52,6 @@ LINEAGE = (
     "coverage",
     "train",
     "dev",
-    "questions",
     "exam",
     "scores",
 )
@@ -110,7 +109,7 @@ def gate_rows(gates: Sequence[Gate]) -> list[Row]:
             gate.name,
             gate.outcome,
             "" if gate.found is None else brief(gate.found),
-            "" if gate.limit is None else figure(gate.limit),
+            "" if gate.limit is None else f"{gate.limit:g}",
             gate.reason,
         )
         for gate in gates
@@ -119,14 +118,14 @@ def gate_rows(gates: Sequence[Gate]) -> list[Row]:
 
 def score_table(scores: SetScores, measure: str) -> tuple[Row, list[Row]]:
     """Head and a row per system: the set's own `measure`, the share that passed, both against base on the same questions."""
-    head = ("system", "questions", MEASURES[measure], "passed", f"{MEASURES[measure]} over base", "won / lost", "p")
+    head = ("system", MEASURES[measure], "passed", f"{MEASURES[measure]} over base", "won / lost", "p")
     rows: list[Row] = []
     for system in in_order(list(scores.systems)):
         one, against = scores.systems[system], scores.comparisons.get(f"{system}-base")
         gain = against.gains.get(measure) if against else None
         own = [brief(one.measures[name]) if name in one.measures else "" for name in (measure, "passed")]
         pairs = (f"{against.won} / {against.lost}", chance(against.p)) if against else ("", "")
-        rows.append((system, str(one.n), *own, brief(gain) if gain else "", *pairs))
+        rows.append((system, *own, brief(gain) if gain else "", *pairs))
     return head, rows
 
 
@@ -145,13 +144,13 @@ def measure_table(scores: SetScores, measure: str) -> tuple[Row, list[Row]]:
 
 
 def type_table(scores: SetScores) -> tuple[Row, list[Row]]:
-    """Head and a row per question type: the similarity of each system."""
-    systems = in_order(list(scores.systems))
-    rows = [
-        (kind, *(brief(by_system[system]) if system in by_system else "" for system in systems))
-        for kind, by_system in sorted(scores.by_type.items())
+    """Head and a row per system: its similarity by question type; no row where there are no types."""
+    kinds = sorted(scores.by_type)
+    rows: list[Row] = [
+        (system, *(brief(scores.by_type[kind][system]) if system in scores.by_type[kind] else "" for kind in kinds))
+        for system in in_order(list(scores.systems))
     ]
-    return ("question type", *systems), rows
+    return ("system", *kinds), rows if kinds else []
 
 
 def shown_set(name: str, scores: SetScores) -> dict[str, Any]:
@@ -445,7 +444,7 @@ def main(
     images = {name: _image(path) for name, path in shown.items()}
     write_text(page, template("report.html.jinja").render(context | {"pictures": images}))
     ruling = {"outcome": verdict.outcome, "reason": verdict.reason, "gates": verdict.gates}
-    write_json(summary, {"verdict": ruling, "served": served, "scoreboard": board, **rows})
+    write_json(summary, {"verdict": ruling, "served": served, **rows})
     say(f"report: {verdict.outcome}: {verdict.reason}")
     say(f"report: {markdown}, {page} and {summary}")
 
