@@ -186,10 +186,11 @@ def with_addresses(markdown: str, pictures: str) -> str:
 
 def in_one_comment(comparison: str, report: str) -> str:
     """`comparison` after the head of `report`, its verdict and gates, and then as many of the report's sections as a comment holds."""
-    head, *sections = re.split(r"(?m)^(?=## )", report)
+    body, mark, settings = report.partition("<details><summary>params.yaml</summary>")  # a comment in there may begin with ##
+    head, *sections = [*re.split(r"(?m)^(?=## )", body), mark + settings]
     left_out: list[str] = []
     while True:
-        names = ", ".join(name.partition("\n")[0].removeprefix("## ") for name in left_out)
+        names = ", ".join(re.sub(r"^## |<[^>]*>", "", section.partition("\n")[0]) for section in left_out)
         note = (
             f"Left out here, as a comment holds {MAX_CHARACTERS:,} characters, and in reports/report.md: {names}.\n"
             if names

@@ -296,14 +296,20 @@ def draw_scores(scoreboard: Scoreboard, path: Path) -> None:
     for panel, name in zip(panels, [name for name in SETS if name in scoreboard.sets], strict=False):
         scores = scoreboard.sets[name]
         for shift, measure, colour in ((-0.17, SETS[name].measure, "#3b6fb6"), (0.17, "passed", "#c98a1b")):
-            for place, system in enumerate(systems):
-                found = scores.systems[system].measures.get(measure) if system in scores.systems else None
-                if found is None:
-                    continue
-                low, high = (found.mean if end is None else end for end in (found.low, found.high))
-                panel.plot([low, high], [place + shift] * 2, color=colour, linewidth=2.2, solid_capstyle="butt", zorder=2)
-                panel.plot([found.mean], [place + shift], color=colour, marker="o", markersize=5, zorder=3)
-                panel.text(max(high, found.mean) + 0.02, place + shift, f"{found.mean:.2f}", va="center", fontsize=7.5)
+            found = {
+                place + shift: scores.systems[system].measures[measure]
+                for place, system in enumerate(systems)
+                if system in scores.systems and measure in scores.systems[system].measures
+            }
+            means = [one.mean for one in found.values()]
+            lows = [one.mean if one.low is None else one.low for one in found.values()]
+            highs = [one.mean if one.high is None else one.high for one in found.values()]
+            whiskers = [[max(0.0, mean - low) for mean, low in zip(means, lows, strict=True)]]
+            whiskers += [[max(0.0, high - mean) for mean, high in zip(means, highs, strict=True)]]
+            panel.errorbar(means, list(found), xerr=whiskers, fmt="o", color=colour, markersize=5, elinewidth=2.2, zorder=3)
+            for place, mean, high in zip(found, means, highs, strict=True):
+                number = panel.text(max(high, mean) + 0.02, place, f"{mean:.2f}", va="center", fontsize=7.5)
+                number.set_in_layout(False)  # it lies inside the panel, and measuring it takes half of the time
         panel.set_title(f"{SETS[name].title}: {MEASURES[SETS[name].measure]} (n = {scores.questions})", fontsize=9.5)
         panel.set_yticks(range(len(systems)), systems, fontsize=9)
         panel.xaxis.set_tick_params(labelbottom=True, labelsize=8)

@@ -28,7 +28,8 @@ METRICS: dict[str, dict[str, Any]] = {
     "train": {"seconds": 754.2, "trainer": "trl", "device": "cpu", "steps": 320, "tokens_per_s": 584.6, "final_loss": 0.4127},
     "export": {
         "files": {
-            f"docsmith-{quant}.gguf": {"bytes": 144_811_000, "quant": quant, "sha256": DIGEST[quant]} for quant in ("q8_0", "q4_k_m")
+            f"docsmith-{quant}.gguf": {"bytes": 144_811_000, "quant": quant, "sha256": DIGEST[quant]}
+            for quant in ("q8_0", "q4_k_m")
         },
         "merged_sha256": DIGEST["tuned"],
         "chat_sha256": DIGEST["chat"],
@@ -121,9 +122,7 @@ def write_run(folder: Path, reply: str = "It listens on port 5000.", copies: int
     tuned gains most on the first question of a set and least on the last.
     """
     data, metrics = folder / "data", folder / "reports/metrics"
-    asked = [
-        msgspec.structs.replace(one, id=f"{one.id}{'x' * copy}") for one in questions_of() for copy in range(copies)
-    ]
+    asked = [msgspec.structs.replace(one, id=f"{one.id}{'x' * copy}") for one in questions_of() for copy in range(copies)]
     answers, scores = [], []
     for question in asked:
         number = int(question.id.rstrip("x")[-1])

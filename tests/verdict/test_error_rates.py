@@ -6,10 +6,8 @@ q8_0 - tuned has 0.050. Questions of one section shared nothing measurable there
 of the variance, since other documentation may be less even.
 """
 
-import functools
 
 import numpy
-import pytest
 
 from stages.evaluate import score_set
 from stages.records import Score
