@@ -52,7 +52,7 @@ def dvc(*arguments: str) -> str:
     done = subprocess.run([sys.executable, "-m", "dvc", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         complaints = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [f"exit code {done.returncode}"]
-        raise BadInput(f"dvc {arguments[0]} {arguments[1]}: {complaints[0].removeprefix('ERROR: ')}")
+        raise BadInput(f"dvc {arguments[0]}: {complaints[0].removeprefix('ERROR: ').removeprefix('unexpected error - ')}")
     return done.stdout
 
 
@@ -79,7 +79,7 @@ def fetched(commit: str, path: Path, kind: type[Kind]) -> list[Kind]:
     """The records of `path` as DVC keeps it for `commit`, from the cache or the remote. Raises BadInput where neither has it."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.name
-        dvc("get", "--quiet", ".", path.as_posix(), "--rev", commit, "--out", str(copy))
+        dvc("get", ".", path.as_posix(), "--rev", commit, "--out", str(copy))
         return read_records(copy, kind)
 
 
@@ -89,6 +89,8 @@ def read_before(commit: str, reports: Path, data: Path, served: str) -> Before:
     report = at_commit(commit, reports / "report.json", dict[str, Any]) or {}
     if board is None:
         return Before(commit, None, report)
+    if not (data / "scores.jsonl").is_file():
+        return Before(commit, board, report, missing=f"{data / 'scores.jsonl'} is not here; fetch it with dvc pull")
     try:
         scores = fetched(commit, data / "scores.jsonl", Score)
         answers = fetched(commit, data / f"answers/{report.get('served', served)}.jsonl", Answer)
