@@ -201,6 +201,10 @@ def test_metrics_give_sizes_times_and_memory(exported: Exported) -> None:
     metrics = json.loads(exported.metrics.read_text(encoding="utf-8"))
     sizes = {name: (exported.gguf / name).stat().st_size for name in ("docsmith-q8_0.gguf", "docsmith-q4_k_m.gguf")}
     assert {name: file["bytes"] for name, file in metrics["files"].items()} == sizes
+    assert {name: file["sha256"] for name, file in metrics["files"].items()} == {
+        name: sha256_of_file(exported.gguf / name) for name in sizes
+    }
+    assert metrics["merged_sha256"] == sha256_of(exported.merged)
     assert 100e6 < sizes["docsmith-q4_k_m.gguf"] < sizes["docsmith-q8_0.gguf"] < 150e6
     assert sorted(metrics["seconds"]) == ["convert", "merge", "quantise"]
     assert 500 < metrics["peak_memory_mb"] < 20_000

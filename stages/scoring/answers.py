@@ -39,8 +39,8 @@ def score_answers(
 
     Similarity and ROUGE-L (F-measure over lower-case words, no stemming; Lin 2004, "ROUGE: A Package for Automatic Evaluation of
     Summaries") need the question's reference, the other shares its key facts or its quote; without, they are None.
-    An out-of-scope question is passed by abstaining, any other by words that do not, as near to the reference as `pass_similarity`,
-    with every key fact. Raises BadRecord when a similarity is not a number.
+    An out-of-scope question is passed by abstaining. Any other is passed by words as near to the reference as `pass_similarity`, with
+    every key fact, which abstain only where the reference itself does ("I cannot know what time it is"). Raises BadRecord when a similarity is not a number.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -68,7 +68,7 @@ def score_answers(
             is_right = abstained
         else:
             is_near = similarity is not None and similarity >= pass_similarity
-            is_right = not is_empty(answer) and not abstained and is_near and key_facts in (None, 1.0)
+            is_right = not is_empty(answer) and abstained == abstains(question.reference) and is_near and key_facts in (None, 1.0)
         scores.append(
             Score(
                 id=answer.id,

@@ -51,15 +51,13 @@ def minimum_effect(differences: Sequence[float], sections: Sequence[str], confid
     their number * mean)^2 / n^2 (Cameron and Miller 2015, "A Practitioner's Guide to Cluster-Robust Inference", section II).
     None from one section.
     """
-    from scipy.stats import t
-
     sums, counts = _by_section(differences, sections)
     groups = len(counts)
     if groups == 1:
         return None
     deviations = sums - counts * (sums.sum() / counts.sum())
     error = math.sqrt(groups / (groups - 1) * float(deviations @ deviations)) / counts.sum()
-    return round(float((t.ppf((1 + confidence) / 2, groups - 1) + t.ppf(POWER, groups - 1)) * error), 6)
+    return round(_errors_needed(groups, confidence) * float(error), 6)
 
 
 def compare(mine: Sequence[Score], theirs: Sequence[Score], sampling: Sampling) -> Comparison | None:
@@ -67,8 +65,6 @@ def compare(mine: Sequence[Score], theirs: Sequence[Score], sampling: Sampling) 
 
     A measure that one side lacks for a question leaves the question out of that measure's gain.
     """
-    from scipy.stats import binomtest
-
     others = {score.question_id: score for score in theirs}
     pairs = [
         (one, others[one.question_id]) for one in sorted(mine, key=lambda score: score.question_id) if one.question_id in others
@@ -94,8 +90,24 @@ def compare(mine: Sequence[Score], theirs: Sequence[Score], sampling: Sampling) 
         minimum_effect=effect,
         won=won,
         lost=lost,
-        p=round(float(binomtest(won, won + lost, 0.5).pvalue), 6) if won + lost else 1.0,
+        p=_mcnemar(won, lost),
     )
+
+
+@functools.lru_cache
+def _errors_needed(sections: int, confidence: float) -> float:
+    """The minimum effect, in standard errors."""
+    from scipy.stats import t
+
+    return float(t.ppf((1 + confidence) / 2, sections - 1) + t.ppf(POWER, sections - 1))
+
+
+@functools.lru_cache
+def _mcnemar(won: int, lost: int) -> float:
+    """The chance that fair coins part as unevenly as `won` to `lost`, two-sided (McNemar 1947, in its exact form)."""
+    from scipy.stats import binomtest
+
+    return round(float(binomtest(won, won + lost, 0.5).pvalue), 6) if won + lost else 1.0
 
 
 def _by_section(values: Sequence[float], sections: Sequence[str]) -> tuple[Any, Any]:

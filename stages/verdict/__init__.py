@@ -13,7 +13,9 @@ from stages.scoreboard import Interval, Scoreboard, figure, show
 from stages.scoring import Sampling, compare
 
 Outcome = Literal["promote", "reject", "not enough evidence"]
-MIN_SECTIONS = 10  # from fewer, a percentile interval is too narrow: see the simulation of error rates in tests/verdict
+MIN_SECTIONS = (
+    12  # of equal systems, 4 % look better from 12 sections and 8 % from 5: from few, a percentile interval is too narrow
+)
 
 
 class Gates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,7 +72,7 @@ def judge(scores: Scoreboard, served: str, gates: Gates, figures: Mapping[str, M
         _questions_gate(scores, gates),
         _recall_gate(scores, gates),
         _loss_gate(scores, "general", "general", "tuned-base", "similarity", gates.max_general_loss),
-        _loss_gate(scores, "abstention", "out_of_scope", "tuned-base", "abstained", gates.max_abstention_loss),
+        _abstention_gate(scores, gates.max_abstention_loss),
         _loss_gate(scores, "gguf", "recall", f"{served}-tuned", "similarity", gates.max_gguf_loss),
     )
     return Verdict(outcome_of(found), found)
@@ -182,6 +184,24 @@ def _loss_gate(scores: Scoreboard, name: str, questions: str, pair: str, measure
     gain, n, sections = _gain_of(scores, questions, pair, measure)
     said = f"{pair.replace('-', ' - ')} in {measure} on {n} {questions} questions"
     return _not_below(name, said, gain, sections, allowed, scores.confidence)
+
+
+def _abstention_gate(scores: Scoreboard, allowed: float) -> Gate:
+    """As `_loss_gate`, and by exact chances as well: where few answers changed, draws of them repeat each other and the interval is too narrow.
+
+    With the interval alone, a model that loses just what is allowed passes in up to 12 % of simulated cases, with both in up to 5 %.
+    """
+    from scipy.stats import binom
+
+    gate = _loss_gate(scores, "abstention", "out_of_scope", "tuned-base", "abstained", allowed)
+    if gate.outcome != "passed":
+        return gate
+    found = scores.sets["out_of_scope"].comparisons["tuned-base"]
+    chance = float(binom.cdf(max(found.lost - found.won, 0), found.n, allowed))
+    if chance > (1 - scores.confidence) / 2:
+        reason = f"{gate.reason}, but with so few questions a loss of {figure(allowed)} would look like this in {100 * chance:.0f} % of cases"
+        return msgspec.structs.replace(gate, outcome="not enough evidence", reason=reason)
+    return gate
 
 
 def _not_below(name: str, what: str, gain: Interval, sections: int, allowed: float, confidence: float) -> Gate:
