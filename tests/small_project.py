@@ -91,8 +91,9 @@ def write_project(project: Path) -> None:
     if (REPOSITORY / "models/cache").is_dir():
         shutil.copytree(REPOSITORY / "models/cache", project / "models/cache")
     (project / "data").mkdir()
-    for name in ("curated.jsonl", "gold.jsonl", "review.jsonl"):
-        shutil.copy(REPOSITORY / "data" / name, project / "data" / name)
+    for source in (REPOSITORY / "data").glob("*.jsonl"):
+        if source.name in ("curated.jsonl", "gold.jsonl", "review.jsonl"):
+            shutil.copy(source, project / "data")
     for name, text in PAGES.items():
         (project / "pages").mkdir(exist_ok=True)
         leak = (
