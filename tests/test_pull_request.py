@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 from conftest import Finished
 from markdown_it import MarkdownIt
-from small_project import IDENTITY, call, succeed
+from small_project import call, succeed
 from test_ci import GITLAB, ROOT, steps_of
 
 PULL_REQUEST, TRAIN = (steps_of(ROOT / f".github/workflows/{name}.yml") for name in ("pull-request", "train"))
@@ -110,7 +110,7 @@ def edited(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_the_report_job_checks_fetches_compares_and_comments(finished: Finished, edited: Path, tmp_path: Path) -> None:
     machine = runner(finished, tmp_path, "edit")
     steps = {name.removeprefix("report: "): shell for name, shell in PULL_REQUEST.items() if name.startswith("report: ")}
-    assert list(steps)[0] == "Set up" and len(steps) == 6
+    assert next(iter(steps)) == "Set up" and len(steps) == 6
     for shell in steps.values():
         machine.run(shell)
     options, _, posted = machine.read("posted").partition("\n")
@@ -178,4 +178,3 @@ def test_the_training_job_runs_what_changed_keeps_it_comments_and_promotion_judg
         other.run(shell)
     assert "Running stage" not in other.run("dvc repro")
     assert "promote: " in other.attempt(promote[-1])[1]
-    assert IDENTITY["GIT_AUTHOR_NAME"]
