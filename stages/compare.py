@@ -25,8 +25,8 @@ RESAMPLES = 2000
 MAX_CHANGED = 20  # questions whose answers are shown before and after
 MAX_ROWS = 60  # of settings or figures that differ
 MAX_COMPARISON = MAX_CHARACTERS // 2  # the report takes the rest
-PAIRED = ("questions", "measure", "before", "now", "difference", "passed", "won / lost", "p")
-UNPAIRED = ("questions", "measure", "before", "now", "difference")
+PAIRED = ("questions", "before", "now", "difference", "passed", "won / lost", "p")
+UNPAIRED = ("questions", "before", "now", "difference")
 Kind = TypeVar("Kind", bound=Record)
 
 
@@ -100,7 +100,7 @@ def read_before(commit: str, reports: Path, data: Path, served: str) -> Before:
 
 
 def paired_rows(mine: Sequence[Score], theirs: Sequence[Score], system: str, before: str, sampling: Sampling) -> list[Row]:
-    """A row per question set: title and PAIRED, for `system` as it is now against `before` as it was then, on the same questions."""
+    """A row per question set: set and measure, then PAIRED, for `system` as it is now against `before` as it was then, on the same questions."""
     rows: list[Row] = []
     for name, (title, _, measure) in SETS.items():
         now = {one.question_id: one for one in mine if (one.set, one.system) == (name, system)}
@@ -113,7 +113,9 @@ def paired_rows(mine: Sequence[Score], theirs: Sequence[Score], system: str, bef
         passed = " to ".join(_mean([scores[one].passed for one in both]) for scores in (then, now))
         gain = brief(found.gains[measure]) if measure in found.gains else ""
         asked = f"{found.n} of {len(now)}" if found.n < len(now) else str(found.n)
-        rows.append((title, asked, MEASURES[measure], *means, gain, passed, f"{found.won} / {found.lost}", chance(found.p)))
+        rows.append(
+            (f"{title}, {MEASURES[measure]}", asked, *means, gain, passed, f"{found.won} / {found.lost}", chance(found.p))
+        )
     return rows
 
 
@@ -123,14 +125,15 @@ def _mean(values: Sequence[float | None]) -> str:
 
 
 def unpaired_rows(now: Scoreboard, then: Scoreboard, system: str, before: str) -> list[Row]:
-    """A row per question set: title and UNPAIRED, from means alone; the questions may differ, so the difference has no interval."""
+    """A row per question set: set and measure, then UNPAIRED, from means alone; the questions may differ, so the difference has no interval."""
     rows: list[Row] = []
     for name in [name for name in SETS if name in now.sets and name in then.sets]:
         mine, theirs = now.sets[name].systems.get(system), then.sets[name].systems.get(before)
         measure = SETS[name].measure
         if mine and theirs and measure in mine.measures and measure in theirs.measures:
             new, old = mine.measures[measure], theirs.measures[measure]
-            rows.append((SETS[name].title, str(mine.n), MEASURES[measure], brief(old), brief(new), figure(new.mean - old.mean)))
+            what = f"{SETS[name].title}, {MEASURES[measure]}"
+            rows.append((what, str(mine.n), brief(old), brief(new), figure(new.mean - old.mean)))
     return rows
 
 

@@ -117,7 +117,7 @@ def test_the_report_job_checks_fetches_compares_and_comments(finished: Finished,
     assert options == "pr comment 12 --edit-last --create-if-none --body-file reports/pull-request.md"
     assert posted == machine.read("summary") and posted.startswith("# Docsmith: ")
     against = posted.split("## Against origin/main")[1].split("## Scores")[0]
-    assert "on the questions that both runs asked" in against and re.search(r"^\| Recall \| \d+", against, flags=re.M)
+    assert "on the questions that both runs asked" in against and re.search(r"^\| Recall, similarity \| \d+", against, flags=re.M)
     assert re.search(r"<summary>\d+ of \d+ answers differ</summary>", against) and "No setting differs." in against
     assert "](https://github.example/team/docs/raw/abc123/reports/scores.png)" in posted
     html = MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(posted)
