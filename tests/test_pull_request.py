@@ -178,3 +178,19 @@ def test_the_training_job_runs_what_changed_keeps_it_comments_and_promotion_judg
         other.run(shell)
     assert "Running stage" not in other.run("dvc repro")
     assert "promote: " in other.attempt(promote[-1])[1]
+
+
+def test_gitlabs_training_job_runs_detached_and_pushes_to_the_branch(finished: Finished, edited: Path, tmp_path: Path) -> None:
+    machine = runner(finished, tmp_path, "edit")
+    succeed(machine.clone, "git", "checkout", "--quiet", "--detach")
+    before = succeed(finished.git_remote, "git", "rev-parse", "edit")
+    gitlab = {
+        "CI_JOB_ID": "9",
+        "CI_COMMIT_REF_NAME": "edit",
+        "PUSH_URL": str(finished.git_remote),
+        "SETTINGS": "report.samples=3",
+    }
+    gitlab |= {"GITLAB_USER_NAME": "a", "GITLAB_USER_EMAIL": "a@example.org"}
+    assert "Running stage 'report'" in machine.run(steps_of(GITLAB)["train"], **gitlab)
+    assert before != succeed(finished.git_remote, "git", "rev-parse", "edit")
+    assert "samples: 3" in succeed(finished.git_remote, "git", "show", "edit:params.yaml")
