@@ -1,25 +1,66 @@
-"""data/questions.jsonl -> data/answers/<system>.jsonl: base, tuned and each GGUF file answer the same questions.
+"""data/exam.jsonl + data/chunks.jsonl -> data/answers/<system>.jsonl: every system answers the same questions.
 
-One rendering of the conversation, greedy decoding, the same token limit for all. base and tuned run in transformers, GGUF files in
+base and tuned answer alone, with the nearest chunks as passages (base_rag, tuned_rag), and base with the chunk that holds the evidence
+(oracle). One rendering of the conversation, greedy decoding, the same token limit for all. They run in transformers, GGUF files in
 llama.cpp: the file that is scored is the file that ships. Answers are kept in data/store, so a rerun asks only what changed.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from stages.chats import chat_sha256
 from stages.files import new_folder, sha256_of, write_json
 from stages.llm import Keep, Reply, Request, Store, ask_missing, request_key
 from stages.models import as_hf_folder, free_cores, load_tokenizer
-from stages.params import Chat, Models
-from stages.program import BadInput, LimitBroken, progress, run, say
-from stages.records import Answer, Question, content_id, read_records, write_records
-from stages.systems import Asking, ask_llama, requests_for
+from stages.params import Chat, Models, Retrieval
+from stages.program import BadInput, BadModelFile, LimitBroken, progress, run, say
+from stages.records import Answer, Chunk, Question, by_id, content_id, read_records, write_records
+from stages.release import plain_text
+from stages.retrieval import searcher, with_passages
+from stages.systems import Asking, System, ask_llama, request_for, requests_for
+
+SYSTEMS: tuple[str, ...] = get_args(System)
 
 
-def write_with_transformers(folder: Path, batch_size: int, requests: Mapping[str, Request], keep: Keep) -> float:
+def passages_for(
+    system: str, questions: Sequence[Question], found: Mapping[str, list[Chunk]], chunks: Mapping[str, Chunk]
+) -> dict[str, list[Chunk]]:
+    """Question id -> the passages that `system` sees beside it, best first. `oracle` answers only questions whose evidence is in a chunk.
+
+    `found`: question id -> its nearest chunks.
+    """
+    if system == "oracle":
+        return {question.id: [chunks[question.chunk_id]] for question in questions if question.chunk_id}
+    return {question.id: found[question.id] if system.endswith("_rag") else [] for question in questions}
+
+
+def messages_for(
+    questions: Sequence[Question], passages: Mapping[str, list[Chunk]], chat: Chat, tokenizer: Any
+) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    """Question id -> what the user says, and question id -> the ids of the passages in it, best first.
+
+    A prompt leaves room for the answer in `chat.context_tokens`. Control tokens are broken up, as the server does.
+    """
+    control_tokens = tuple(sorted(tokenizer.get_added_vocab()))
+
+    def fits(text: str) -> bool:
+        prompt = _prompt(tokenizer, request_for(plain_text(text, control_tokens), chat, ""))
+        return len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) + chat.max_new_tokens <= chat.context_tokens
+
+    messages, seen = {}, {}
+    for question in questions:
+        if question.id in passages:
+            given = passages[question.id]
+            text, shown = with_passages(question.question, given, fits)
+            messages[question.id] = plain_text(text, control_tokens)
+            seen[question.id] = tuple(chunk.id for chunk in given[:shown])
+    return messages, seen
+
+
+def write_with_transformers(folder: Path, batch_size: int, system: str, requests: Mapping[str, Request], keep: Keep) -> float:
     """Keeps a greedy reply to each request by the model in `folder`, in batches of prompts of similar length.
 
     Gives the seconds that it took, without the model's start.
@@ -34,10 +75,12 @@ def write_with_transformers(folder: Path, batch_size: int, requests: Mapping[str
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", trust_remote_code=False, use_safetensors=True, device_map="cuda" if on_gpu else "cpu"
     ).eval()
+    if not on_gpu and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(attention_on_cpu())
     prompts = {key: _prompt(tokenizer, request) for key, request in requests.items()}
     order = sorted(prompts, key=lambda key: (len(prompts[key]), key))
     started = time.monotonic()
-    for start in progress(range(0, len(order), batch_size), f"answer {folder.name}", unit="batch"):
+    for start in progress(range(0, len(order), batch_size), f"answer {system}", unit="batch"):
         keys = order[start : start + batch_size]
         batch = tokenizer([prompts[key] for key in keys], return_tensors="pt", padding=True, add_special_tokens=False).to(
             model.device
@@ -52,13 +95,41 @@ def write_with_transformers(folder: Path, batch_size: int, requests: Mapping[str
     return time.monotonic() - started
 
 
+def attention_on_cpu() -> str:
+    """The name, in transformers, of torch's attention for prompts and plain products for a single new token.
+
+    There torch's kernel (2.13, bf16, CPU) takes 4 to 5 times as long, and more than all else beside a prompt of passages.
+    """
+    import torch
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **options: Any) -> Any:
+        if query.shape[2] > 1 or scaling is None:
+            return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
+        rows, heads, _, width = query.shape
+        scores = (query.reshape(rows, key.shape[1], -1, width) * scaling) @ key.transpose(
+            2, 3
+        )  # heads that share a key, together
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        out = scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+        return out.reshape(rows, 1, heads, width), None
+
+    AttentionInterface.register("docsmith", attention)
+    AttentionMaskInterface.register("docsmith", sdpa_mask)
+    return "docsmith"
+
+
 def _prompt(tokenizer: Any, request: Request) -> str:
     conversation = [{"role": role, "content": content} for role, content in request.messages]
     return str(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
 
 
 def main(
-    questions: Path,
+    exam: Path,
+    chunks: Path,
     merged: Path,
     gguf: Path,
     store: Path,
@@ -66,42 +137,70 @@ def main(
     metrics: Path,
     *,
     answer: Asking,
+    retrieval: Retrieval,
     chat: Chat,
     models: Models,
 ) -> None:
-    asked = read_records(questions, Question)
+    asked = read_records(exam, Question)
     if not asked:
-        raise BadInput(f"{questions} holds no question; see reports/metrics/split.json")
+        raise BadInput(f"{exam} holds no question; see reports/metrics/split.json")
     quants = {path.stem.removeprefix("docsmith-"): path for path in sorted(gguf.glob("*.gguf"))}
     if not quants:
         raise BadInput(f"{gguf} holds no .gguf file. Build it with: dvc repro export")
+    base = as_hf_folder(models.base)
+    tokenizer = load_tokenizer(merged)
+    if load_tokenizer(base).chat_template != tokenizer.chat_template:
+        raise BadModelFile(f"{merged} has another chat template than models.base; rebuild it with: dvc repro --force export")
+    wanted = [system for system in SYSTEMS if system in ("base", "tuned", *answer.systems)]
+    paths = {system: merged if system.startswith("tuned") else base for system in wanted} | quants
+    every = by_id(read_records(chunks, Chunk))
+    found = nearest(asked, every, retrieval.top_k, models.embedder, store) if any(one.endswith("_rag") for one in wanted) else {}
     kept = Store(store, "answer")
-    replies: dict[str, dict[str, Reply]] = {}
-    speeds: dict[str, dict[str, float | int | None]] = {}
-    for system, path in {"base": as_hf_folder(models.base), "tuned": merged, **quants}.items():
-        requests = requests_for({question.id: question.question for question in asked}, chat, sha256_of(path))
+    rows: dict[str, list[Answer]] = {}
+    systems: dict[str, dict[str, Any]] = {}
+    for system, path in paths.items():
+        model_sha256 = sha256_of(path)
+        messages, seen = messages_for(asked, passages_for(system, asked, found, every), chat, tokenizer)
+        requests = requests_for(messages, chat, model_sha256)
         keyed = {request_key(request): request for request in requests.values()}
         if system in quants:
-            found, tally = ask_llama(path, keyed, kept, chat, answer)
+            replies, tally = ask_llama(path, keyed, kept, chat, answer)
         else:
-            found, tally = ask_missing(keyed, kept, partial(write_with_transformers, path, answer.batch_size))
+            replies, tally = ask_missing(keyed, kept, partial(write_with_transformers, path, answer.batch_size, system))
         if tally.failed:
-            reason = next(reply.failed for reply in found.values() if reply.failed)
+            reason = next(reply.failed for reply in replies.values() if reply.failed)
             raise LimitBroken(
                 f"{system}: {tally.failed} of {tally.requests} questions got no answer ({reason}); the others are kept. Resume with: dvc repro"
             )
-        replies[system] = {question_id: found[request_key(request)] for question_id, request in requests.items()}
-        speeds[system] = speed(len(asked), tally.answered, tally.new_tokens, tally.seconds)
+        rows[system] = [
+            Answer(
+                id=content_id(question_id, system),
+                question_id=question_id,
+                system=system,
+                text=replies[request_key(request)].text.strip(),
+                chunk_ids=seen[question_id],
+            )
+            for question_id, request in requests.items()
+        ]
+        systems[system] = speed(len(requests), tally.answered, tally.new_tokens, tally.seconds) | {"sha256": model_sha256}
     kept.close()
     with new_folder(answers) as draft:
-        for system, by_question in replies.items():
-            rows = [
-                Answer(id=content_id(question_id, system), question_id=question_id, system=system, text=reply.text.strip())
-                for question_id, reply in by_question.items()
-            ]
-            write_records(draft / f"{system}.jsonl", rows)
-    write_json(metrics, {"systems": speeds})
-    say(f"answer: {len(asked)} questions to {', '.join(replies)}")
+        for system, found_answers in rows.items():
+            write_records(draft / f"{system}.jsonl", found_answers)
+    sums = {
+        "chat_sha256": chat_sha256(tokenizer.chat_template, chat.system_prompt),
+        "questions_sha256": sha256_of(exam),
+    }
+    write_json(metrics, {"systems": systems} | sums)
+    say(f"answer: {len(asked)} questions to {', '.join(rows)}")
+
+
+def nearest(
+    questions: Sequence[Question], chunks: Mapping[str, Chunk], top_k: int, embedder: str, store: Path
+) -> dict[str, list[Chunk]]:
+    """Question id -> the `top_k` of `chunks` nearest to the question, best first."""
+    found = searcher(list(chunks.values()), embedder, store)([question.question for question in questions], top_k)
+    return {question.id: [chunks[hit.chunk_id] for hit in hits] for question, hits in zip(questions, found, strict=True)}
 
 
 def speed(questions: int, new: int, tokens: int, seconds: float) -> dict[str, float | int | None]:

@@ -12,20 +12,20 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 
-from stages.evidence import words
+from stages.evidence import key_facts, words
 from stages.files import write_json
+from stages.general import read_general
 from stages.likeness import MIN_JACCARD, joined, near_duplicates
 from stages.params import Count, Share
 from stages.program import LimitBroken, run, say
-from stages.records import Example, Message, Pair, Question, Text, by_id, content_id, read_records, write_records
+from stages.records import Example, Message, Pair, Question, by_id, content_id, read_records, write_records
 from stages.rules import checking, read_rules
 
 SUITE = Path(__file__).with_name("split_suite.yaml")
-GENERAL = Path(__file__).with_name("general.yaml")
 FEW_DOCUMENTS = 4  # of fewer, the largest may well hold most of what there is to know
 SAME_QUOTE = 0.8  # Jaccard similarity of two quotes that say one thing
 
@@ -40,14 +40,6 @@ class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     multi_turn_share: Share
     max_document_share: Share
     general_share: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
-
-
-class General(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A conversation of one turn that no document says anything about. What is of the set `test` is never trained."""
-
-    set: Literal["train", "test"]
-    question: Text
-    answer: Text
 
 
 class Parts(msgspec.Struct, frozen=True):
@@ -183,13 +175,6 @@ def conversation(pairs: Sequence[Pair]) -> Example:
     return Example(id=content_id("example", ids), pair_ids=ids, document_id=pairs[0].document_id, messages=tuple(turns))
 
 
-def read_general(path: Path) -> list[General]:
-    """The conversations of general.yaml, in file order."""
-    import yaml
-
-    return msgspec.convert(yaml.safe_load(path.read_text(encoding="utf-8")), list[General])
-
-
 def general_examples(examples: int, asked: Sequence[str], split: Params) -> list[Example]:
     """Examples of general.yaml's set `train` so that, beside `examples` others, they are `general_share` of all; fewer where it holds fewer.
 
@@ -197,7 +182,7 @@ def general_examples(examples: int, asked: Sequence[str], split: Params) -> list
     """
     if not split.general_share:
         return []
-    known = [one for one in read_general(GENERAL) if one.set == "train"]
+    known = [one for one in read_general() if one.set == "train"]
     like = near_duplicates([*asked, *(one.question for one in known)], MIN_JACCARD)[len(asked) :]
     free = [one for one, first in zip(known, like, strict=True) if first >= len(asked)]
     wanted = round(examples * split.general_share / (1 - split.general_share))
@@ -222,6 +207,9 @@ def question_of(pair: Pair, name: str) -> Question:
         type=pair.type,
         question=pair.question,
         reference=pair.answer,
+        key_facts=key_facts(pair.answer, pair.quote, pair.question),
+        quote=pair.quote,
+        chunk_id=pair.chunk_id,
     )
 
 

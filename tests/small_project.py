@@ -54,6 +54,7 @@ SETTINGS = {
     "split": {"held_out_share": 0.2, "max_dev": 4},
     "train": {"num_train_epochs": 6, "logging_steps": 1, "eval_steps": 5, "warmup_steps": 1},
     "chat": {"max_new_tokens": 24},
+    "exam": {"max_general": 4, "max_out_of_scope": 4},
     "answer": {"concurrency": 4},
     "export": {"quants": ["q8_0"], "serve": "q8_0"},
     "evaluate": {"resamples": 200},

@@ -22,6 +22,7 @@ STAGES = [
     "coverage",
     "split",
     "dataset",
+    "exam",
     "train",
     "export",
     "answer",

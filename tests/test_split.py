@@ -7,10 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from stages.general import read_general
 from stages.likeness import near_duplicates
 from stages.program import LimitBroken
 from stages.records import Example, Message, Pair, Question, by_id, content_id, evolve, read_records, write_records
-from stages.split import GENERAL, Params, Parts, conversations, drawn_share, general_examples, main, part, read_general
+from stages.split import Params, Parts, conversations, drawn_share, general_examples, main, part, question_of
 
 SPLIT = Params(
     seed=1,
@@ -181,6 +182,18 @@ def test_the_files_keep_questions_and_training_apart(tmp_path: Path) -> None:
         source = pairs[question.pair_id]
         assert (question.question, question.reference, question.section_id) == (source.question, source.answer, source.section_id)
         assert (source.section_id in {pairs[id].section_id for id in trained}) == (question.set == "recall")
+
+
+def test_a_question_carries_its_evidence_and_the_facts_of_its_answer_that_stand_there() -> None:
+    one = evolve(
+        pair("s", 1, 1, "d"),
+        question="How do I run `dvc repro` on 4 cores?",
+        answer="Run `dvc repro` with `--jobs` and 4, or 16 where `params.yaml` says so.",
+        quote="`dvc repro` takes --jobs\nand a number such as 4, which params.yaml keeps.",
+    )
+    asked = question_of(one, "held_out")
+    assert asked.key_facts == ("--jobs", "params.yaml")
+    assert (asked.set, asked.quote, asked.chunk_id) == ("held_out", one.quote, "s-c")
 
 
 @pytest.mark.parametrize(("name", "value"), CHANGES.items())
@@ -394,7 +407,7 @@ def said_in(example: Example) -> tuple[str, str]:
 
 
 def test_general_conversations_are_60_to_train_and_40_to_test_and_no_two_are_alike() -> None:
-    known = read_general(GENERAL)
+    known = read_general()
     assert [sum(one.set == name for one in known) for name in ("train", "test")] == [60, 40] and len(known) == 100
     questions = [one.question for one in known]
     assert near_duplicates(questions, 0.4) == list(range(100))  # the rules of pairs ask for 0.8
@@ -405,7 +418,7 @@ def test_general_conversations_are_60_to_train_and_40_to_test_and_no_two_are_ali
 
 
 def test_answers_in_json_are_json() -> None:
-    answers = [one.answer for one in read_general(GENERAL) if "JSON" in one.question]
+    answers = [one.answer for one in read_general() if "JSON" in one.question]
     assert [json.loads(answer) for answer in sorted(answers)] == [
         ["Saturday", "Sunday"],
         {"city": "Oslo"},
@@ -421,7 +434,7 @@ def test_general_examples_reach_their_share_of_all_examples() -> None:
 
 
 def test_general_examples_are_of_the_set_train_and_never_of_the_set_test() -> None:
-    known = {name: {(one.question, one.answer) for one in read_general(GENERAL) if one.set == name} for name in ("train", "test")}
+    known = {name: {(one.question, one.answer) for one in read_general() if one.set == name} for name in ("train", "test")}
     every = general_examples(5000, [], with_share(0.5))
     assert {said_in(one) for one in every} == known["train"] and not {said_in(one) for one in every} & known["test"]
     assert {(one.pair_ids, one.document_id) for one in every} == {((), "general")} and len({one.id for one in every}) == 60

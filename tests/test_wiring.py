@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import stages
-from stages.params import Chat, Models, Tracking, read_section
+from stages.params import Chat, Models, Retrieval, Tracking, read_section
 
 CODE = Path(stages.__file__).parent
 ROOT = CODE.parent
@@ -27,6 +27,7 @@ KEPT = {"data/store", "models/checkpoints"}  # survive runs: DVC deletes what it
 def pipeline() -> dict[str, dict[str, Any]]:
     """The stages of dvc.yaml by name, a foreach stage as its `do` with an item called `some`."""
     text = (ROOT / "dvc.yaml").read_text(encoding="utf-8").replace("${key}", "some").replace("${item.path}", "some-source")
+    text = text.replace("${exam.gold}", "data/gold.jsonl")
     return {name: stage.get("do", stage) for name, stage in yaml.safe_load(text)["stages"].items()}
 
 
@@ -126,7 +127,7 @@ def git(*arguments: str, given: str = "") -> list[str]:
 
 
 def test_there_are_stages_modules_and_folders_to_hold_together() -> None:
-    assert len(STAGES) == 16 and len({module_of(stage) for stage in STAGES}) == 15
+    assert len(STAGES) == 17 and len({module_of(stage) for stage in STAGES}) == 16
     assert {"promote", "serve", "chat", "doctor"} <= set(MODULES) and {"files", "params", "program", "records"} <= set(FOLDERS)
     assert needed_code("summary") > {"stages/summary.py", "stages/program"}
     assert files_beside("report") == {"report.md.jinja", "report.html.jinja", "validate_suite.yaml"}
@@ -213,7 +214,7 @@ def test_what_a_stage_reads_is_in_the_repository_or_written_by_a_stage() -> None
 def test_every_section_of_params_is_read_and_every_section_read_is_there() -> None:
     text = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     assert set(text) == set(SECTIONS)
-    assert {"models": [Models], "chat": [Chat], "tracking": [Tracking]}.items() <= SECTIONS.items()
+    assert {"models": [Models], "chat": [Chat], "tracking": [Tracking], "retrieval": [Retrieval]}.items() <= SECTIONS.items()
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -1,4 +1,4 @@
-"""What an answer claims that the text it comes from does not have: the cheapest sign of an invention."""
+"""What an answer claims: that its source does not have it is the cheapest sign of an invention, that it does makes it a key fact."""
 
 import functools
 import re
@@ -29,7 +29,7 @@ def invented(answer: str, source: str) -> dict[str, bool]:
     """
     plain = ITEM.sub("", URL.sub(" ", answer))
     prose = FILE_NAME.sub(" ", CODE.sub(" ", plain))
-    lines = [line for span in CODE.findall(answer) for line in span.strip("`").split("\n")[span.startswith("```") :]]
+    lines = code_lines(answer)
     return {
         "url_is_invented": any(found not in source for found in URL.findall(answer)),
         "number_is_invented": bool(numbers_in(prose, COUNTING) - numbers_in(source)),
@@ -37,6 +37,28 @@ def invented(answer: str, source: str) -> dict[str, bool]:
         "file_name_is_invented": any(found not in source for found in FILE_NAME.findall(plain)),
         "code_is_invented": any(part not in source for line in lines if fold(line) not in source for part in parts_of(line)),
     }
+
+
+def key_facts(answer: str, source: str, question: str) -> tuple[str, ...]:
+    """The URLs, numbers, flags, file names and lines of code of `answer` that `source` has as well, in the order of `answer`.
+
+    White space is folded. What `question` says already is none, and neither is a part of another one.
+    """
+    plain = ITEM.sub("", URL.sub(" ", answer))
+    prose = FILE_NAME.sub(" ", CODE.sub(" ", plain))
+    named = [*URL.findall(answer), *NUMBER.findall(prose), *FLAG.findall(plain), *FILE_NAME.findall(plain)]
+    found = [one for one in dict.fromkeys([*named, *map(fold, code_lines(answer))]) if one and _has(source, one)]
+    whole = [one for one in found if not any(one != other and one in other for other in found)]
+    return tuple(sorted((one for one in whole if not _has(question, one)), key=fold(answer).find))
+
+
+def code_lines(answer: str) -> list[str]:
+    """The lines that `answer` marks as code, as written."""
+    return [line for span in CODE.findall(answer) for line in span.strip("`").split("\n")[span.startswith("```") :]]
+
+
+def _has(text: str, fact: str) -> bool:
+    return bool(re.search(rf"(?<![\w-]){re.escape(fact)}(?![\w-])", fold(text)))
 
 
 def parts_of(command: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""params.yaml, read strictly: a section per stage, and three that stages share (models, chat, tracking)."""
+"""params.yaml, read strictly: a section per stage, and four that stages share (models, chat, tracking, retrieval)."""
 
 import difflib
 from pathlib import Path
@@ -39,6 +39,12 @@ class Tracking(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     uri: str
     experiment: str
     model_name: str
+
+
+class Retrieval(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a model is shown beside a question."""
+
+    top_k: Positive  # the chunks nearest to it
 
 
 def read_section(name: str, section: type[Section], path: Path = PARAMS_FILE) -> Section:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -12,10 +13,13 @@ from stages.llm.llama_cpp import llama_server
 from stages.params import Chat, Positive
 from stages.records import Message
 
+System = Literal["base", "tuned", "base_rag", "tuned_rag", "oracle"]
+
 
 class Asking(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The section `answer` of params.yaml."""
 
+    systems: tuple[System, ...]  # base, tuned and each GGUF file are asked in any case
     batch_size: Positive  # prompts at once for a system that runs in transformers
     concurrency: Positive  # requests at once for a GGUF file
     timeout_s: Positive
