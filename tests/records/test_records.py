@@ -20,8 +20,8 @@ def test_records_come_back_as_they_were_sorted_by_id(tmp_path: Path) -> None:
     assert read_records(path, Answer) == [answer("a", "Zeile 1\nZeile 2 \u2028 é"), answer("b", ""), answer("c")]
     lines = path.read_bytes().split(b"\n")
     assert lines[1:] == [
-        b'{"question_id":"q1","system":"base","text":"","id":"b"}',
-        b'{"question_id":"q1","system":"base","text":"On port 5000.","id":"c"}',
+        b'{"question_id":"q1","system":"base","text":"","chunk_ids":[],"id":"b"}',
+        b'{"question_id":"q1","system":"base","text":"On port 5000.","chunk_ids":[],"id":"c"}',
         b"",
     ]
 
@@ -61,8 +61,8 @@ def test_a_line_that_is_no_such_record_is_refused_with_file_and_line(tmp_path: P
 def test_a_question_of_an_unknown_set_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     fields = {"id": "q", "pair_id": "p", "section_id": "s", "type": "factual", "question": "Which?", "reference": "5000."}
-    path.write_bytes(msgspec.json.encode(fields | {"set": "gold"}) + b"\n")
-    with pytest.raises(BadRecord, match="Invalid enum value 'gold'"):
+    path.write_bytes(msgspec.json.encode(fields | {"set": "silver"}) + b"\n")
+    with pytest.raises(BadRecord, match="Invalid enum value 'silver'"):
         read_records(path, Question)
 
 
