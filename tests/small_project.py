@@ -54,8 +54,8 @@ SETTINGS = {
     "split": {"held_out_share": 0.2, "max_dev": 4},
     "train": {"num_train_epochs": 6, "logging_steps": 1, "eval_steps": 5, "warmup_steps": 1},
     "chat": {"max_new_tokens": 24},
-    "exam": {"max_general": 4, "max_out_of_scope": 4},
-    "answer": {"concurrency": 4},
+    "exam": {"max_general": 6, "max_out_of_scope": 6},
+    "answer": {"concurrency": 4, "systems": ["base", "tuned", "tuned_rag"]},
     "export": {"quants": ["q8_0"], "serve": "q8_0"},
     "evaluate": {"resamples": 200},
 }
@@ -103,5 +103,5 @@ def write_project(project: Path) -> None:
         (project / "pages" / name).write_text(text + leak, encoding="utf-8")
     params = yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
     for section, values in SETTINGS.items():
-        params[section].update(values)
+        params.setdefault(section, {}).update(values)
     (project / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
