@@ -421,9 +421,8 @@ def test_a_champion_whose_files_are_gone_is_compared_by_its_kept_answers(
     with pytest.raises(LimitBroken, match="this model - champion on 12 recall questions is -0.100"):
         project.promote()
     assert "its kept answers to 12 of 12 questions stand for it" in capsys.readouterr().out
-    project.client.log_text(
-        version.run_id, json.dumps({"columns": [], "data": []}), "answers.json"
-    )  # by another version of its run
+    project.client.delete_model_version_tag(project.tracking.model_name, "1", "release")  # as of an older Docsmith
+    project.client.log_text(version.run_id, '{"columns": [], "data": []}', "answers.json")  # as of another version of its run
     project.promote()
     said = capsys.readouterr().out
     assert "its tags do not say how to ask it" in said and "its kept answers to 0 of 12" in said
