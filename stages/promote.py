@@ -130,11 +130,10 @@ def against_champion(
         theirs = champion_answers(champion, recall, store, answer)
     except BadModelFile as error:
         theirs = [one for one in kept_answers(champion.tags) if one.question_id in recall]
-        said = f"its files are gone ({error}), so its kept answers to {len(theirs)} of {len(recall)} questions stand for it"
+        said = f"it cannot be asked ({error}), so its kept answers to {len(theirs)} of {len(recall)} questions stand for it"
         say(f"promote: version {champion.version} is champion; {said}")
     scores = score_answers(recall, theirs, load_embedder(models.embedder), evaluate.pass_similarity) if theirs else []
-    sampling = {"confidence": evaluate.confidence, "resamples": evaluate.resamples, "seed": evaluate.seed}
-    gate = champion_gate(mine, scores, gates, **sampling)
+    gate = champion_gate(mine, scores, gates, confidence=evaluate.confidence, resamples=evaluate.resamples, seed=evaluate.seed)
     if gate.outcome == "not measured":
         return Gate(
             "champion", "not enough evidence", f"version {champion.version} is champion and cannot be compared: {gate.reason}"
@@ -144,7 +143,10 @@ def against_champion(
 
 def champion_answers(champion: Any, questions: Mapping[str, Question], store: Path, answer: Asking) -> list[Answer]:
     """The answers of the version `champion` as it ships, from the store of replies, else from its file. Raises BadModelFile."""
-    release = msgspec.json.decode(champion.tags["release"], type=Release)
+    try:
+        release = msgspec.json.decode(champion.tags.get("release", ""), type=Release)
+    except msgspec.DecodeError:
+        raise BadModelFile("its tags do not say how to ask it, since another version of Docsmith registered it") from None
     name, quant = gguf_name(release.serve), release.serve
     chat = Chat(release.system_prompt, release.max_new_tokens, release.context_tokens)
     messages = {key: plain_text(question.question, release.control_tokens) for key, question in questions.items()}
@@ -331,8 +333,7 @@ def refuse(own: Any | None, champion: Any | None, verdict: Verdict, force: str) 
             f"version {own.version} was rolled back at {own.tags['rolled_back']}. Nothing was changed; "
             "--force REASON makes it champion again"
         )
-    is_champion = own and champion and own.version == champion.version
-    if is_champion and verdict.outcome != "promote":
+    if own and champion and own.version == champion.version and verdict.outcome != "promote":
         raise LimitBroken(
             f"version {own.version} is champion since an earlier run, and these scores do not support it "
             f"({verdict.outcome}): {verdict.reason}. Nothing was changed"

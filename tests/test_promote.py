@@ -421,13 +421,12 @@ def test_a_champion_whose_files_are_gone_is_compared_by_its_kept_answers(
     with pytest.raises(LimitBroken, match="this model - champion on 12 recall questions is -0.100"):
         project.promote()
     assert "its kept answers to 12 of 12 questions stand for it" in capsys.readouterr().out
-    project.client.log_text(
-        version.run_id, json.dumps({"columns": [], "data": []}), "answers.json"
-    )  # by another version of its run
+    project.client.delete_model_version_tag(project.tracking.model_name, "1", "release")  # as of an older Docsmith
+    project.client.log_text(version.run_id, '{"columns": [], "data": []}', "answers.json")  # as of another version of its run
     project.promote()
-    assert "version 2 is challenger; it is not champion (not enough evidence): version 1 is champion and cannot" in (
-        capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "its tags do not say how to ask it" in said and "its kept answers to 0 of 12" in said
+    assert "version 2 is challenger; it is not champion (not enough evidence): version 1 is champion and cannot" in said
 
 
 # ---- what a version says
@@ -601,7 +600,7 @@ def test_a_store_that_refuses_is_named_in_one_line(local: Project, monkeypatch: 
 WRITES = (  # to the registry, as SQL and as requests to a server
     r"(INSERT INTO (registered_models|model_versions|logged_models)|(INSERT INTO|UPDATE) registered_model_aliases"
     r"|DELETE FROM registered_models) ",
-    rb"(POST|DELETE) /api/2.0/mlflow/(registered-models/(create|alias|delete)|model-versions/create) ",
+    rb"(POST|DELETE) /api/2.0/mlflow/(registered-models/(alias|delete)|model-versions/create) ",
 )
 
 
@@ -656,7 +655,7 @@ def test_a_promotion_that_is_killed_at_any_write_is_mended_by_the_next(project: 
         experiment = own.client.get_experiment_by_name(own.tracking.experiment).experiment_id
         assert len(own.client.search_logged_models([experiment])) == 1, write
         write += 1
-    assert write > 6
+    assert write > 4
 
 
 def with_two_versions(project: Project) -> Project:

@@ -4,6 +4,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from stages.files import sha256_of_file
 from stages.program.errors import BadModelFile
@@ -57,7 +58,8 @@ def _link_from_dvc(tags: Mapping[str, str], folder: Path) -> str:
             cache = repo.cache.local
             if not cache.exists(whole.value):
                 repo.cloud.pull([whole])
-            parts = {"/".join(key): part for key, _, part in load(cache, whole)}
+            tree: Any = load(cache, whole)
+            parts = {"/".join(key): part for key, _, part in tree}
             wanted = {name: part for name, part in parts.items() if name in names}
             if absent := [part for part in wanted.values() if not cache.exists(part.value)]:
                 repo.cloud.pull(absent)
