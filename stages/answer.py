@@ -60,8 +60,8 @@ def messages_for(
     return messages, seen
 
 
-def write_with_transformers(folder: Path, batch_size: int, system: str, requests: Mapping[str, Request], keep: Keep) -> float:
-    """Keeps a greedy reply to each request by the model in `folder`, in batches of prompts of similar length.
+def write_with_transformers(folder: Path, batch_tokens: int, system: str, requests: Mapping[str, Request], keep: Keep) -> float:
+    """Keeps a greedy reply to each request by the model in `folder`, in batches of similar length, `batch_tokens` at most or one prompt.
 
     Gives the seconds that it took, without the model's start.
     """
@@ -78,10 +78,12 @@ def write_with_transformers(folder: Path, batch_size: int, system: str, requests
     if not on_gpu and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(attention_on_cpu())
     prompts = {key: _prompt(tokenizer, request) for key, request in requests.items()}
-    order = sorted(prompts, key=lambda key: (len(prompts[key]), key))
+    lengths = {
+        key: len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) + requests[key].max_tokens
+        for key, prompt in prompts.items()
+    }
     started = time.monotonic()
-    for start in progress(range(0, len(order), batch_size), f"answer {system}", unit="batch"):
-        keys = order[start : start + batch_size]
+    for keys in progress(batches(lengths, batch_tokens), f"answer {system}", unit="batch"):
         batch = tokenizer([prompts[key] for key in keys], return_tensors="pt", padding=True, add_special_tokens=False).to(
             model.device
         )
@@ -93,6 +95,17 @@ def write_with_transformers(folder: Path, batch_size: int, system: str, requests
             text = tokenizer.decode(row[:length], skip_special_tokens=True)
             keep(key, Reply(text=text.strip(), tokens=length, is_whole=length < limit))
     return time.monotonic() - started
+
+
+def batches(lengths: Mapping[str, int], batch_tokens: int) -> list[list[str]]:
+    """The keys of `lengths` from the shortest to the longest, parted so that keys times the longest length are `batch_tokens` at most."""
+    parts: list[list[str]] = []
+    for key in sorted(lengths, key=lambda key: (lengths[key], key)):
+        if parts and (len(parts[-1]) + 1) * lengths[key] <= batch_tokens:
+            parts[-1].append(key)
+        else:
+            parts.append([key])
+    return parts
 
 
 def attention_on_cpu() -> str:
@@ -166,7 +179,7 @@ def main(
         if system in quants:
             replies, tally = ask_llama(path, keyed, kept, chat, answer)
         else:
-            replies, tally = ask_missing(keyed, kept, partial(write_with_transformers, path, answer.batch_size, system))
+            replies, tally = ask_missing(keyed, kept, partial(write_with_transformers, path, answer.batch_tokens, system))
         if tally.failed:
             reason = next(reply.failed for reply in replies.values() if reply.failed)
             raise LimitBroken(

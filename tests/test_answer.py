@@ -11,6 +11,7 @@ from conftest import CHAT, MODELS
 from stages.answer import (
     SYSTEMS,
     attention_on_cpu,
+    batches,
     main,
     messages_for,
     passages_for,
@@ -37,9 +38,9 @@ def chunk(id: str, text: str) -> Chunk:
     return Chunk(id=id, document_id="d", section_id="s", path="p.md", heading_path=(id,), start=0, end=len(text), text=text)
 
 
-def written(folder: Path, requests: dict[str, Request], batch_size: int) -> dict[str, Reply]:
+def written(folder: Path, requests: dict[str, Request], batch_tokens: int) -> dict[str, Reply]:
     replies: dict[str, Reply] = {}
-    assert write_with_transformers(folder, batch_size, "base", requests, replies.__setitem__) > 0
+    assert write_with_transformers(folder, batch_tokens, "base", requests, replies.__setitem__) > 0
     return replies
 
 
@@ -51,7 +52,7 @@ def requests() -> dict[str, Request]:
 @pytest.fixture(scope="module")
 def replies(base_folder: Path, requests: dict[str, Request]) -> dict[str, Reply]:
     """The base model's replies to all three questions in one batch."""
-    return written(base_folder, requests, batch_size=3)
+    return written(base_folder, requests, batch_tokens=999)
 
 
 def test_a_request_puts_the_system_prompt_first_and_decodes_greedily(requests: dict[str, Request]) -> None:
@@ -70,7 +71,7 @@ def test_another_model_or_system_prompt_or_limit_is_another_request(requests: di
 
 
 def test_replies_are_the_same_in_every_run(base_folder: Path, requests: dict[str, Request], replies: dict[str, Reply]) -> None:
-    assert written(base_folder, requests, batch_size=3) == replies
+    assert written(base_folder, requests, batch_tokens=999) == replies
     assert len(set(replies.values())) == 3
 
 
@@ -78,7 +79,7 @@ def test_a_prompt_gets_its_own_reply_alone_and_in_a_batch(
     base_folder: Path, requests: dict[str, Request], replies: dict[str, Reply]
 ) -> None:
     some = {text: requests[text] for text in TEXTS[:2]}
-    alone = written(base_folder, some, batch_size=1)
+    alone = written(base_folder, some, batch_tokens=1)
     assert sorted(replies) == sorted(TEXTS)
     assert "sky" in alone[TEXTS[0]].text
     assert "sky" in replies[TEXTS[0]].text
@@ -100,6 +101,14 @@ def test_an_answer_that_ends_by_itself_is_whole(base_folder: Path) -> None:
     (reply,) = written(base_folder, requests_for({"q": "What is the capital of France?"}, chat, "m"), 1).values()
     assert reply.is_whole
     assert 0 < reply.tokens < 40
+
+
+def test_batches_are_of_similar_length_and_hold_no_more_tokens_than_allowed() -> None:
+    lengths = {"a": 50, "b": 10, "c": 12, "d": 30, "e": 12}
+    assert batches(lengths, 40) == [["b", "c", "e"], ["d"], ["a"]]
+    assert batches(lengths, 60) == [["b", "c", "e"], ["d"], ["a"]]
+    assert batches(lengths, 120) == [["b", "c", "e", "d"], ["a"]]
+    assert batches(lengths, 1) == [["b"], ["c"], ["e"], ["d"], ["a"]] and batches({}, 9) == []
 
 
 def test_the_attention_for_single_tokens_gives_what_torchs_gives(tiny_folder: Path) -> None:
@@ -180,7 +189,7 @@ class Project(NamedTuple):
 
     def answered(self, systems: tuple[System, ...], top_k: int = 2) -> dict[str, dict[str, Answer]]:
         """System -> question id -> answer."""
-        settings = Asking(systems=systems, batch_size=2, concurrency=2, timeout_s=60)
+        settings = Asking(systems=systems, batch_tokens=999, concurrency=2, timeout_s=60)
         paths = [self.folder / name for name in ("exam.jsonl", "chunks.jsonl")]
         outs = [self.folder / name for name in ("store", "answers", "m.json")]
         models = Models(base=str(self.base), teacher="", embedder=MODELS.embedder)

@@ -41,7 +41,7 @@ GATES = Gates(
     max_champion_loss=0.05,
     min_questions=10,
 )
-ASKING = Asking(batch_size=2, concurrency=2, timeout_s=60)
+ASKING = Asking(systems=(), batch_tokens=999, concurrency=2, timeout_s=60)
 SCORING = Scoring(confidence=0.95, resamples=200, seed=1, pass_similarity=0.7)
 PARAMS = {"promote": GATES, "answer": ASKING, "evaluate": SCORING, "models": MODELS}
 GAIN = Interval(0.142, 0.11, 0.17)

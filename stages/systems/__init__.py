@@ -20,7 +20,7 @@ class Asking(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The section `answer` of params.yaml."""
 
     systems: tuple[System, ...]  # base, tuned and each GGUF file are asked in any case
-    batch_size: Positive  # prompts at once for a system that runs in transformers
+    batch_tokens: Positive  # prompts and answers at once for a system that runs in transformers
     concurrency: Positive  # requests at once for a GGUF file
     timeout_s: Positive
 
