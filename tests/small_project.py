@@ -88,7 +88,8 @@ def write_project(project: Path) -> None:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(source, project / name, ignore=ignored) if source.is_dir() else shutil.copy(source, project / name)
     (project / ".dvc").mkdir()
-    shutil.copy(REPOSITORY / ".dvc/config", project / ".dvc/config")
+    for name in (".gitignore", "config"):
+        shutil.copy(REPOSITORY / ".dvc" / name, project / ".dvc" / name)
     if (REPOSITORY / "models/cache").is_dir():
         shutil.copytree(REPOSITORY / "models/cache", project / "models/cache")
     (project / "data").mkdir()
