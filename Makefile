@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo repro test lint types browser doctor review chat serve ui promote profile lock clean
+.PHONY: help setup demo repro test lint types browser doctor review chat serve ui compare promote profile lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ serve: $(READY)  ## POST /chat on 127.0.0.1:5000
 
 ui: $(READY)  ## MLflow's pages on 127.0.0.1:5001
 	mlflow ui --backend-store-uri sqlite:///models/mlflow.db --host 127.0.0.1 --port 5001
+
+compare: $(READY)  ## the report with what this branch changes, in reports/pull-request.md
+	@python -m stages.compare --against $(or $(AGAINST),origin/main)
 
 promote: $(READY)  ## register the model; champion if the numbers support it
 	@python -m stages.promote

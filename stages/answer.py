@@ -5,35 +5,24 @@ base and tuned answer alone, with the nearest chunks as passages (base_rag, tune
 llama.cpp: the file that is scored is the file that ships. Answers are kept in data/store, so a rerun asks only what changed.
 """
 
-import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import msgspec
-
-from stages.chats import chat_sha256, with_system
+from stages.chats import chat_sha256
 from stages.files import new_folder, sha256_of, write_json
-from stages.llm import Endpoint, Keep, Reply, Request, Store, Tally, ask_all, ask_missing, request_key
-from stages.llm.llama_cpp import llama_server
+from stages.llm import Keep, Reply, Request, Store, ask_missing, request_key
 from stages.models import as_hf_folder, free_cores, load_tokenizer
-from stages.params import Chat, Models, Positive, Retrieval
+from stages.params import Chat, Models, Retrieval
 from stages.program import BadInput, BadModelFile, LimitBroken, progress, run, say
-from stages.records import Answer, Chunk, Message, Question, by_id, content_id, read_records, write_records
+from stages.records import Answer, Chunk, Question, by_id, content_id, read_records, write_records
 from stages.release import plain_text
 from stages.retrieval import searcher, with_passages
+from stages.systems import Asking, System, ask_llama, request_for, requests_for
 
-System = Literal["base", "tuned", "base_rag", "tuned_rag", "oracle"]
 SYSTEMS: tuple[str, ...] = get_args(System)
-
-
-class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    systems: tuple[System, ...]  # base, tuned and each GGUF file are asked in any case
-    batch_tokens: Positive  # prompts and answers at once for a system that runs in transformers
-    concurrency: Positive  # requests at once for a GGUF file
-    timeout_s: Positive
 
 
 def passages_for(
@@ -48,17 +37,6 @@ def passages_for(
     return {question.id: found[question.id] if system.endswith("_rag") else [] for question in questions}
 
 
-def requests_for(messages: Mapping[str, str], chat: Chat, model_sha256: str) -> dict[str, Request]:
-    """Question id -> the request that puts its message to the model with that hash: greedy, in the one rendering."""
-    return {question_id: _request(text, chat, model_sha256) for question_id, text in messages.items()}
-
-
-def _request(text: str, chat: Chat, model_sha256: str) -> Request:
-    conversation = with_system(chat.system_prompt, [Message("user", text)])
-    messages = tuple((message["role"], message["content"]) for message in conversation)
-    return Request(model_sha256, messages, temperature=0.0, max_tokens=chat.max_new_tokens, seed=0)
-
-
 def messages_for(
     questions: Sequence[Question], passages: Mapping[str, list[Chunk]], chat: Chat, tokenizer: Any
 ) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
@@ -69,7 +47,7 @@ def messages_for(
     control_tokens = tuple(sorted(tokenizer.get_added_vocab()))
 
     def fits(text: str) -> bool:
-        prompt = _prompt(tokenizer, _request(plain_text(text, control_tokens), chat, ""))
+        prompt = _prompt(tokenizer, request_for(plain_text(text, control_tokens), chat, ""))
         return len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) + chat.max_new_tokens <= chat.context_tokens
 
     messages, seen = {}, {}
@@ -162,18 +140,6 @@ def _prompt(tokenizer: Any, request: Request) -> str:
     return str(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
 
 
-def ask_llama(
-    gguf: Path, requests: Mapping[str, Request], kept: Store, chat: Chat, answer: Params
-) -> tuple[dict[str, Reply], Tally]:
-    """`ask_all` of the model in the file `gguf`, by a server that is started when a reply is missing."""
-    with contextlib.ExitStack() as servers:
-
-        def endpoints() -> list[Endpoint]:
-            return [servers.enter_context(llama_server(gguf, chat.context_tokens, answer.concurrency))]
-
-        return ask_all(requests, kept, endpoints, answer.concurrency, answer.timeout_s, f"answer {gguf.stem}")
-
-
 def main(
     exam: Path,
     chunks: Path,
@@ -183,7 +149,7 @@ def main(
     answers: Path,
     metrics: Path,
     *,
-    answer: Params,
+    answer: Asking,
     retrieval: Retrieval,
     chat: Chat,
     models: Models,

@@ -17,8 +17,9 @@ import msgspec
 
 from stages.chats import chat_sha256
 from stages.files import new_folder, sha256_of, write_json, write_text
+from stages.models.memory import is_out_of_memory, short_of_memory
 from stages.params import Chat, Models
-from stages.program import BadModelFile, BadParams, run, say
+from stages.program import BadModelFile, BadParams, OutOfMemory, run, say
 from stages.release import Release, ask, embedded_template, gguf_name, write_release
 
 Quant = Literal["q8_0", "q4_k_m", "q5_k_m", "q6_k", "f16"]
@@ -41,7 +42,7 @@ def main(adapter: Path, merged: Path, gguf: Path, metrics: Path, export: Params,
     seconds = {}
 
     started = time.monotonic()
-    with new_folder(merged) as draft:
+    with new_folder(merged) as draft, short_of_memory(merge_advice(base)):
         merge(base, adapter, draft)
         tokenizer.save_pretrained(draft)
     seconds["merge"] = round(time.monotonic() - started, 1)
@@ -76,8 +77,11 @@ def main(adapter: Path, merged: Path, gguf: Path, metrics: Path, export: Params,
         write_release(draft, release)
 
     sizes = {quant: (gguf / gguf_name(quant)).stat().st_size for quant in export.quants}
-    files = {gguf_name(quant): {"bytes": size, "quant": quant} for quant, size in sizes.items()}
-    lineage = {"base_sha256": release.base_sha256, "chat_sha256": release.chat_sha256}
+    files = {
+        name: {"bytes": sizes[quant], "quant": quant, "sha256": sha256_of(gguf / name)}
+        for quant, name in ((quant, gguf_name(quant)) for quant in export.quants)
+    }
+    lineage = {"base_sha256": release.base_sha256, "merged_sha256": sha256_of(merged), "chat_sha256": release.chat_sha256}
     write_json(metrics, {"files": files, "seconds": seconds, "peak_memory_mb": peak_memory_mb()} | lineage)
     say(f"export: {', '.join(f'{quant} {size / 1e6:.1f} MB' for quant, size in sizes.items())} -> {gguf}")
 
@@ -132,6 +136,8 @@ def merge(base: Path, adapter: Path, folder: Path) -> None:
     try:
         tuned: Any = PeftModel.from_pretrained(model, adapter)
     except (RuntimeError, ValueError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
         raise BadModelFile(f"{adapter} does not fit models.base: {' '.join(str(error).split())[:300]}") from None
     with safe_open(adapter / "adapter_model.safetensors", "pt") as saved:
         left_over = set(saved.keys()) ^ set(get_peft_model_state_dict(tuned))
@@ -142,6 +148,12 @@ def merge(base: Path, adapter: Path, folder: Path) -> None:
     whole = tuned.merge_and_unload().to(torch.bfloat16)
     whole.config.dtype = torch.bfloat16
     whole.save_pretrained(folder)
+
+
+def merge_advice(base: Path) -> str:
+    """What to do when memory does not hold the merge: the weights in fp32, and a copy of them in bf16."""
+    with_copy = 3 * sum(path.stat().st_size for path in base.glob("*.safetensors"))  # which are in 16 bits
+    return f"export needs about {with_copy / 1e9:.1f} GB; free memory, or choose a smaller models.base. Then: dvc repro"
 
 
 def convert(merged: Path, target: Path) -> None:
@@ -157,7 +169,7 @@ def quantise(source: Path, target: Path, quant: str, threads: int) -> None:
 
 
 def _run_module(name: str, *arguments: str) -> None:
-    """Runs `python -m name` quietly, to its end. Raises BadModelFile with its last line, or the signal that crashed it."""
+    """Runs `python -m name` quietly, to its end. Raises BadModelFile with its last line, or the signal that crashed it, and OutOfMemory."""
     from stages.program import end_with_parent
 
     done = subprocess.run(
@@ -174,6 +186,10 @@ def _run_module(name: str, *arguments: str) -> None:
     lines = done.stdout.decode(errors="replace").split("\n")
     end = f"crashed ({signal.Signals(-done.returncode).name})" if done.returncode < 0 else f"failed ({done.returncode})"
     last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+    if is_out_of_memory(last):
+        raise OutOfMemory(
+            f"{name}: out of memory on {arguments[0]}; free memory, or choose a smaller models.base. Then: dvc repro"
+        )
     raise BadModelFile(f"{name} {end} on {arguments[0]}: {last[-300:]}")
 
 

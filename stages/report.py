@@ -1,7 +1,7 @@
-"""data/*.jsonl + reports/metrics + curves + coverage.png + params.yaml -> reports/report.md, report.html, loss.png, scores.png
+"""data/*.jsonl + reports/metrics + curves + coverage.png + params.yaml -> reports/report.md, .html, .json, loss.png, scores.png
 
-Writes what a pull request shows: verdict, scores, samples, what was rejected, coverage, figures of the run, lineage. The same inputs
-give the same bytes; no model runs, it takes a few seconds.
+Writes what a pull request shows: verdict, gates, scores, samples, what was rejected, coverage, figures of the run, lineage. The same
+inputs give the same bytes; no model runs, it takes a few seconds. What changed against another branch is the command `compare`'s.
 """
 
 import base64
@@ -14,15 +14,28 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from stages.files import new_file, sha256_of_file, write_text
-from stages.pages import MAX_CELL, NOT_MEASURED, Row, counted, dig, measured, read_figures, rule_rows, template
+from stages.files import new_file, sha256_of_file, write_json, write_text
+from stages.pages import (
+    MAX_CELL,
+    MAX_CHARACTERS,
+    MEASURES,
+    NOT_MEASURED,
+    SETS,
+    Row,
+    chance,
+    counted,
+    dig,
+    measured,
+    read_figures,
+    rule_rows,
+    template,
+)
 from stages.params import Count
 from stages.program import BadInput, BadParams, LimitBroken, run, say
 from stages.records import Answer, Coverage, Document, Finding, Question, Rejected, Score, by_id, read_records
-from stages.scoreboard import COLUMNS, Interval, Scoreboard, figure, in_order, read_scoreboard, score_rows
-from stages.verdict import Gates, judge
+from stages.scoreboard import Scoreboard, SetScores, brief, figure, in_order, read_scoreboard
+from stages.verdict import Gate, Gates, judge
 
-MAX_CHARACTERS = 65_536  # GitHub's limit for one comment
 MAX_SOURCES = 20
 MAX_PATHS = 5  # of the documents with one kind of finding
 REJECTED_EXAMPLES = 5
@@ -39,13 +52,9 @@ LINEAGE = (
     "coverage",
     "train",
     "dev",
-    "questions",
+    "exam",
     "scores",
 )
-SETS = {
-    "recall": ("Recall", "New wordings of facts that were trained: does the model know the documentation?"),
-    "held_out": ("Held-out sections", "Sections that were never trained: what does the model say about what it cannot know?"),
-}
 Item = TypeVar("Item")
 
 
@@ -65,22 +74,101 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
 
 
 def pick_samples(questions: Sequence[Question], scores: Sequence[Score], count: int) -> list[Question]:
-    """`count` questions, a third of them held out, spread from tuned's greatest gain over base to its greatest loss."""
-    similarity = {(score.question_id, score.system): score.similarity for score in scores}
-    ordered = sorted(questions, key=lambda one: (similarity[one.id, "base"] - similarity[one.id, "tuned"], one.id))
-    recall, held_out = ([one for one in ordered if one.set == name] for name in SETS)
-    from_held_out = min(len(held_out), count // 3)
-    return spread(recall, count - from_held_out) + spread(held_out, from_held_out)
+    """`count` questions, as many of each set as go, spread from tuned's greatest gain over base to its greatest loss."""
+    by_answer = {(score.question_id, score.system): score for score in scores}
+
+    def gain(question: Question) -> float:
+        tuned, base = (getattr(by_answer[question.id, system], SETS[question.set].measure) for system in ("tuned", "base"))
+        return 0.0 if tuned is None or base is None else tuned - base
+
+    ordered = sorted(questions, key=lambda one: (-gain(one), one.id))
+    by_set = {name: [one for one in ordered if one.set == name] for name in SETS}
+    shares = Counter[str]()
+    while sum(shares.values()) < min(count, len(questions)):  # a set with few questions leaves its share to the others
+        open_sets = [name for name in by_set if shares[name] < len(by_set[name])]
+        shares.update(open_sets[: count - sum(shares.values())])
+    return [question for name, asked in by_set.items() for question in spread(asked, shares[name])]
 
 
 def answers_to(question: Question, answers: dict[tuple[str, str], Answer], scores: dict[str, Score]) -> dict[str, Any]:
-    """`question` with a row per system: name, its answer, the answer's similarity to the reference."""
+    """`question` with a row per system: name, its answer, the answer's similarity to the reference, whether it is right."""
     systems = in_order([system for asked, system in answers if asked == question.id])
-    rows = [("reference", question.reference, "")]
+    rows = [("reference", question.reference or "(that the documentation does not cover it)", "", "")]
     for system in systems:
         answer = answers[question.id, system]
-        rows.append((system, answer.text.strip() or "(empty)", figure(scores[answer.id].similarity)))
-    return {"set": SETS[question.set][0], "question": question.question, "rows": rows}
+        score = scores[answer.id]
+        similarity = "" if score.similarity is None else figure(score.similarity)
+        rows.append((system, answer.text.strip() or "(empty)", similarity, "yes" if score.passed else "no"))
+    return {"set": SETS[question.set].title, "question": question.question, "rows": rows}
+
+
+def gate_rows(gates: Sequence[Gate]) -> list[Row]:
+    """A row per gate: name, outcome, figure with its interval, limit, and what it found in words."""
+    return [
+        (
+            gate.name,
+            gate.outcome,
+            "" if gate.found is None else brief(gate.found),
+            "" if gate.limit is None else f"{gate.limit:g}",
+            gate.reason,
+        )
+        for gate in gates
+    ]
+
+
+def score_table(scores: SetScores, measure: str) -> tuple[Row, list[Row]]:
+    """Head and a row per system: the set's own `measure`, the share that passed, both against base on the same questions."""
+    head = ("system", MEASURES[measure], "passed", f"{MEASURES[measure]} over base", "won / lost", "p")
+    rows: list[Row] = []
+    for system in in_order(list(scores.systems)):
+        one, against = scores.systems[system], scores.comparisons.get(f"{system}-base")
+        gain = against.gains.get(measure) if against else None
+        own = [brief(one.measures[name]) if name in one.measures else "" for name in (measure, "passed")]
+        pairs = (f"{against.won} / {against.lost}", chance(against.p)) if against else ("", "")
+        rows.append((system, *own, brief(gain) if gain else "", *pairs))
+    return head, rows
+
+
+def measure_table(scores: SetScores, measure: str) -> tuple[Row, list[Row]]:
+    """Head and a row per system of what `score_table` leaves out: empty answers, the other measures, the gain over tuned."""
+    others = [name for name in MEASURES if name not in (measure, "passed")]
+    found = [name for name in others if any(name in one.measures for one in scores.systems.values())]
+    head = ("system", "empty", *(MEASURES[name] for name in found), f"{MEASURES[measure]} over tuned")
+    rows: list[Row] = []
+    for system in in_order(list(scores.systems)):
+        one, against = scores.systems[system], scores.comparisons.get(f"{system}-tuned")
+        gain = against.gains.get(measure) if against else None
+        own = [brief(one.measures[name]) if name in one.measures else "" for name in found]
+        rows.append((system, str(one.empty), *own, brief(gain) if gain else ""))
+    return head, rows
+
+
+def type_table(scores: SetScores) -> tuple[Row, list[Row]]:
+    """Head and a row per system: its similarity by question type; no row where there are no types."""
+    kinds = sorted(scores.by_type)
+    rows: list[Row] = [
+        (system, *(brief(scores.by_type[kind][system]) if system in scores.by_type[kind] else "" for kind in kinds))
+        for system in in_order(list(scores.systems))
+    ]
+    return ("system", *kinds), rows if kinds else []
+
+
+def shown_set(name: str, scores: SetScores) -> dict[str, Any]:
+    """What the templates show of one question set."""
+    title, meaning, measure = SETS[name]
+    unknown = scores.unknown
+    tuned = scores.comparisons.get("tuned-base")
+    return {
+        "title": title,
+        "meaning": meaning,
+        "questions": scores.questions,
+        "sections": scores.sections,
+        "minimum_effect": figure(tuned.minimum_effect) if tuned and tuned.minimum_effect is not None else "",
+        "scores": score_table(scores, measure),
+        "measures": measure_table(scores, measure),
+        "types": type_table(scores),
+        "unknown": {"questions": unknown.questions, "scores": score_table(unknown, measure)} if unknown else None,
+    }
 
 
 def duration(seconds: float | None) -> str:
@@ -152,6 +240,21 @@ def source_rows(documents: Sequence[Document]) -> list[Row]:
     return rows[:MAX_SOURCES] + ([(f"and {len(left_out)} more", "", "")] if left_out else [])
 
 
+def systems_of(board: Scoreboard) -> list[str]:
+    """Every system that some question set was put to."""
+    return in_order(sorted({system for one in board.sets.values() for system in one.systems}))
+
+
+def model_rows(settings: dict[str, Any], board: Scoreboard) -> list[Row]:
+    """What answered, and what it was asked with."""
+    return [
+        ("Base model", str(dig(settings, "models", "base"))),
+        *[(f"{system}, SHA-256", board.models[system]) for system in in_order(list(board.models))],
+        ("Chat template and system prompt, SHA-256", board.chat_sha256),
+        ("Questions, SHA-256", board.questions_sha256),
+    ]
+
+
 def in_one_comment(template: Any, context: dict[str, Any]) -> str:
     """report.md, with as many samples as fit into a comment. Raises LimitBroken when it does not fit without any."""
     samples = context["samples"]
@@ -181,32 +284,42 @@ def read_curves(folder: Path) -> dict[str, list[tuple[float, ...]]]:
 
 
 def draw_scores(scoreboard: Scoreboard, path: Path) -> None:
-    """A PNG with a panel per question set: bars of similarity and ROUGE-L by system, with their intervals."""
+    """A PNG with a panel per question set: a line per system with its main measure and the share that passed, and intervals."""
     from matplotlib.figure import Figure
 
-    sets = scoreboard.sets()
-    picture = Figure(figsize=(11 if len(sets) > 1 else 6, 3.8), dpi=144, layout="constrained")
-    panels = picture.subplots(1, len(sets), sharey=True, squeeze=False)[0]
-    for panel, (name, scores) in zip(panels, sets.items(), strict=True):
-        systems = in_order(list(scores.systems))
-        for shift, measure, label, colour in (
-            (-0.2, "similarity", "similarity", "#3b6fb6"),
-            (0.2, "rouge_l", "ROUGE-L", "#d9a441"),
-        ):
-            found: list[Interval] = [getattr(scores.systems[system], measure) for system in systems]
-            places = [place + shift for place in range(len(systems))]
-            panel.bar(places, [one.mean for one in found], width=0.37, color=colour, label=label, zorder=2)
-            for place, one in zip(places, found, strict=True):
-                low, high = (one.mean if end is None else end for end in (one.low, one.high))
-                if low != high:
-                    whiskers = [[max(0.0, one.mean - low)], [max(0.0, high - one.mean)]]
-                    panel.errorbar(place, one.mean, yerr=whiskers, color="#222222", capsize=3, linewidth=1.1, zorder=3)
-                panel.text(place, max(high, 0.0) + 0.015, f"{one.mean:.2f}", ha="center", va="bottom", fontsize=8)
-        panel.set_xticks(range(len(systems)), systems)
-        panel.set_title(f"{SETS[name][0]} (n = {scores.systems['base'].n})", fontsize=10)
-        _tidy(panel)
-    panels[0].set_ylim(top=1.1)
-    panels[0].set_ylabel("mean score")
+    columns = min(3, len(scoreboard.sets))
+    rows = -(-len(scoreboard.sets) // columns)
+    systems = systems_of(scoreboard)
+    size = (max(6.5, 4.2 * columns), 0.6 + rows * (0.9 + 0.36 * len(systems)))
+    picture = Figure(figsize=size, dpi=144, layout="constrained")
+    panels = picture.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for panel, name in zip(panels, [name for name in SETS if name in scoreboard.sets], strict=False):
+        scores = scoreboard.sets[name]
+        for shift, measure, colour in ((-0.17, SETS[name].measure, "#3b6fb6"), (0.17, "passed", "#c98a1b")):
+            found = {
+                place + shift: scores.systems[system].measures[measure]
+                for place, system in enumerate(systems)
+                if system in scores.systems and measure in scores.systems[system].measures
+            }
+            means = [one.mean for one in found.values()]
+            lows = [one.mean if one.low is None else one.low for one in found.values()]
+            highs = [one.mean if one.high is None else one.high for one in found.values()]
+            whiskers = [[max(0.0, mean - low) for mean, low in zip(means, lows, strict=True)]]
+            whiskers += [[max(0.0, high - mean) for mean, high in zip(means, highs, strict=True)]]
+            panel.errorbar(means, list(found), xerr=whiskers, fmt="o", color=colour, markersize=5, elinewidth=2.2, zorder=3)
+            for place, mean, high in zip(found, means, highs, strict=True):
+                number = panel.text(max(high, mean) + 0.02, place, f"{mean:.2f}", va="center", fontsize=7.5)
+                number.set_in_layout(False)  # it lies inside the panel, and measuring it takes half of the time
+        panel.set_title(f"{SETS[name].title}: {MEASURES[SETS[name].measure]} (n = {scores.questions})", fontsize=9.5)
+        panel.set_yticks(range(len(systems)), systems, fontsize=9)
+        panel.xaxis.set_tick_params(labelbottom=True, labelsize=8)
+        _tidy(panel, "x")
+    for panel in panels[len(scoreboard.sets) :]:
+        panel.set_axis_off()
+    panels[0].set_xlim(left=min(0.0, panels[0].get_xlim()[0]), right=1.15)
+    panels[0].invert_yaxis()  # base on top, as in the tables
+    for label, colour in (("measure in the title", "#3b6fb6"), ("share passed", "#c98a1b")):
+        panels[0].plot([], [], color=colour, marker="o", markersize=5, linewidth=2.2, label=label)
     handles, labels = panels[0].get_legend_handles_labels()
     picture.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     _save(picture, path)
@@ -241,9 +354,9 @@ def draw_loss(curves: dict[str, list[tuple[float, ...]]], path: Path) -> None:
     _save(picture, path)
 
 
-def _tidy(panel: Any) -> None:
+def _tidy(panel: Any, axis: str = "y") -> None:
     panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(axis="y", color="#dddddd", linewidth=0.7, zorder=0)
+    panel.grid(axis=axis, color="#dddddd", linewidth=0.7, zorder=0)
     panel.set_axisbelow(True)
 
 
@@ -273,6 +386,7 @@ def main(
     coverage_picture: Path,
     markdown: Path,
     page: Path,
+    summary: Path,
     loss_picture: Path,
     scores_picture: Path,
     report: Params,
@@ -285,54 +399,46 @@ def main(
     if not served:
         raise BadParams(f"{params}: export.serve is missing; it names the quant that is shipped, as q8_0")
     board = read_scoreboard(metrics / "evaluate.json")
-    ingest, measure, judged, validate, coverage, split, train, export, answer = (
-        read_figures(metrics / f"{name}.json")
-        for name in ("ingest", "measure", "judge", "validate", "coverage", "split", "train", "export", "answer")
+    figures = {path.stem: read_figures(path) for path in sorted(metrics.glob("*.json"))}
+    ingest, measure, validate, split, train, export, answer = (
+        figures.get(name, {}) for name in ("ingest", "measure", "validate", "split", "train", "export", "answer")
     )
-    questions = read_records(data / "questions.jsonl", Question)
+    questions = read_records(data / "exam.jsonl", Question)
     said = [one for path in sorted((data / "answers").glob("*.jsonl")) for one in read_records(path, Answer)]
     answers = {(one.question_id, one.system): one for one in said}
     scores = by_id(read_records(data / "scores.jsonl", Score))
     rejected = read_records(data / "rejected.jsonl", Rejected)
-    draw_scores(board, scores_picture)
-    draw_loss(read_curves(curves), loss_picture)
-    context = {
-        "verdict": judge(board, served, promote),
-        "served": served,
-        "confidence": f"{100 * board.confidence:g} %",
-        "columns": COLUMNS,
-        "sets": [
-            {
-                "title": SETS[name][0],
-                "meaning": SETS[name][1],
-                "sections": one.sections,
-                "rows": score_rows(one),
-            }
-            for name, one in board.sets().items()
-        ],
-        "counts": [measured(dig(validate, name), "{:,}") for name in ("candidates", "pairs", "rejected")],
-        "judge": ("used" if dig(judged, "used") else "not used", measured(dig(judged, "why"))),
+    verdict = judge(board, served, promote, figures)
+    rows = {
         "by_rule": rule_rows(SUITE, (dig(validate, "by_rule") or {}) | (dig(validate, "flagged") or {})),
         "quality": quality_rows(ingest, measure, validate, split),
+        "run": run_rows(train, export, answer, systems_of(board)),
+        "sources": source_rows(read_records(data / "documents.jsonl", Document)),
+        "files": _lineage(data),
+        "models": model_rows(settings, board),
+    }
+    draw_scores(board, scores_picture)
+    draw_loss(read_curves(curves), loss_picture)
+    context = rows | {
+        "verdict": verdict,
+        "gates": gate_rows(verdict.gates),
+        "served": served,
+        "confidence": f"{100 * board.confidence:g} %",
+        "sets": [shown_set(name, board.sets[name]) for name in SETS if name in board.sets],
+        "counts": [measured(dig(validate, name), "{:,}") for name in ("candidates", "pairs", "rejected")],
+        "judge": ("used" if dig(figures, "judge", "used") else "not used", measured(dig(figures, "judge", "why"))),
         "findings": finding_rows(read_records(data / "findings.jsonl", Finding)),
         "rejected": [(", ".join(one.rules), one.question, one.answer) for one in spread(rejected, REJECTED_EXAMPLES)],
         "covered": [
-            measured(dig(coverage, name), form) for name, form in (("sections", "{:,}"), ("covered", "{:,}"), ("share", "{:.1%}"))
+            measured(dig(figures, "coverage", name), form)
+            for name, form in (("sections", "{:,}"), ("covered", "{:,}"), ("share", "{:.1%}"))
         ],
-        "pairs_by": [(name, counted(dig(coverage, f"pairs_by_{name}"))) for name in ("type", "recipe")],
-        "why_uncovered": counted(dig(coverage, "uncovered")),
+        "pairs_by": [(name, counted(dig(figures, "coverage", f"pairs_by_{name}"))) for name in ("type", "recipe")],
+        "why_uncovered": counted(dig(figures, "coverage", "uncovered")),
         "uncovered": uncovered_rows(read_records(data / "coverage.jsonl", Coverage)),
         "max_uncovered": UNCOVERED_EXAMPLES,
         "samples": [
             answers_to(question, answers, scores) for question in pick_samples(questions, list(scores.values()), report.samples)
-        ],
-        "run": run_rows(train, export, answer, in_order(list(board.recall.systems))),
-        "sources": source_rows(read_records(data / "documents.jsonl", Document)),
-        "files": _lineage(data),
-        "models": [
-            ("Base model", str(dig(settings, "models", "base"))),
-            ("Base model, SHA-256", measured(dig(export, "base_sha256") or dig(train, "base_sha256"))),
-            ("Chat template and system prompt, SHA-256", measured(dig(export, "chat_sha256") or dig(train, "chat_sha256"))),
         ],
         "params": params.read_text(encoding="utf-8"),
         "max_cell": MAX_CELL,
@@ -343,9 +449,10 @@ def main(
     write_text(markdown, in_one_comment(template("report.md.jinja"), context | {"pictures": pictures}))
     images = {name: _image(path) for name, path in shown.items()}
     write_text(page, template("report.html.jinja").render(context | {"pictures": images}))
-    verdict = context["verdict"]
+    ruling = {"outcome": verdict.outcome, "reason": verdict.reason, "gates": verdict.gates}
+    write_json(summary, {"verdict": ruling, "served": served, **rows})
     say(f"report: {verdict.outcome}: {verdict.reason}")
-    say(f"report: {markdown} and {page}")
+    say(f"report: {markdown}, {page} and {summary}")
 
 
 if __name__ == "__main__":

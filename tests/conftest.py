@@ -35,6 +35,15 @@ class Exported(NamedTuple):
     said: str
 
 
+class Finished(NamedTuple):
+    """A project after its first `dvc repro`, as it was committed and pushed; tests may change the project, not the remotes."""
+
+    project: Path
+    git_remote: Path
+    dvc_remote: Path
+    said: str
+
+
 @pytest.fixture(autouse=True, scope="session")
 def interrupts_reach_what_tests_start() -> None:
     """A shell starts background jobs with SIGINT ignored, and so would all that they start."""
@@ -46,6 +55,16 @@ def no_tracking_server_from_another_test() -> Iterator[None]:
     """mlflow.set_tracking_uri also sets MLFLOW_TRACKING_URI, which would outrank the next test's own params."""
     yield
     os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
+@pytest.fixture(scope="session")
+def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty SQLite store of MLflow, to be copied: making one takes seconds."""
+    from stages.tracking import client_of
+
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    client_of(f"sqlite:///{file}").search_experiments()
+    return file
 
 
 @pytest.fixture(scope="session")
@@ -122,6 +141,27 @@ def exported(base_folder: Path, adapter_folder: Path, tmp_path_factory: pytest.T
         models = Models(base=str(base_folder), teacher=BASE, embedder=MODELS.embedder)
         main(adapter_folder, merged, gguf, metrics, export, models, CHAT)
     return Exported(project, base_folder, adapter_folder, merged, gguf, metrics, said.getvalue())
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A small project, run through the whole pipeline with the real models; takes minutes."""
+    from small_project import succeed, write_project
+
+    root = tmp_path_factory.mktemp("finished")
+    project, git_remote, dvc_remote = root / "project", root / "project.git", root / "store"
+    project.mkdir()
+    write_project(project)
+    succeed(root, "git", "init", "--quiet", "--bare", "--initial-branch", "main", str(git_remote))
+    succeed(project, "git", "init", "--quiet", "--initial-branch", "main")
+    succeed(project, "git", "remote", "add", "origin", str(git_remote))
+    said = succeed(project, "dvc", "repro")
+    succeed(project, "dvc", "remote", "add", "--quiet", "--default", "store", str(dvc_remote))
+    succeed(project, "dvc", "push", "--quiet")
+    succeed(project, "git", "add", "--all")
+    succeed(project, "git", "commit", "--quiet", "--message", "Run of three pages")
+    succeed(project, "git", "push", "--quiet", "--set-upstream", "origin", "main")
+    return Finished(project, git_remote, dvc_remote, said)
 
 
 @pytest.fixture(scope="module")  # and no longer: Playwright keeps an event loop running, beside which no test can run its own

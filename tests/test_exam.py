@@ -167,7 +167,7 @@ def test_general_questions_are_of_the_set_test_and_each_stands_alone() -> None:
     assert {(one.question, one.reference) for one in every} == {
         (one.question, one.answer) for one in read_general() if one.set == "test"
     }
-    assert len(every) == 20 == len({one.section_id for one in every}) and all(one.section_id == one.id for one in every)
+    assert len(every) == 40 == len({one.section_id for one in every}) and all(one.section_id == one.id for one in every)
     assert general_questions(5) == every[:5] and general_questions(0) == []
 
 

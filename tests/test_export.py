@@ -1,8 +1,10 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,49 @@ def test_an_adapter_of_a_wider_model_is_refused_in_one_line(base_folder: Path, a
     with pytest.raises(BadModelFile, match="does not fit models.base") as refused:
         merge(base_folder, adapter, tmp_path / "merged")
     assert "\n" not in str(refused.value)
+
+
+# what the stage maps before it merges; the rest is less than half of the base model
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import peft, torch, transformers
+from stages import export
+from stages.params import Chat, Models
+from stages.program import OutOfMemory
+torch.ones(64, 64) @ torch.ones(64, 64)
+chat = Chat(system_prompt="Answer.", context_tokens=256, max_new_tokens=8)
+adapter, *paths = map(Path, sys.argv[2:])
+check = export.check_adapter
+def limited(adapter):
+    check(adapter)
+    mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + 250_000_000,) * 2)
+export.check_adapter = limited
+models = Models(base=sys.argv[1], teacher="", embedder="")
+try:
+    export.main(adapter, *paths, export.Params(quants=("q8_0",), serve="q8_0"), models, chat)
+except OutOfMemory as error:
+    sys.exit(f"{error}")
+"""
+
+
+def test_memory_that_runs_out_is_one_line_with_what_is_needed_and_leaves_no_files(
+    base_folder: Path, adapter: Path, tmp_path: Path
+) -> None:
+    paths = [tmp_path / name for name in ("merged", "gguf", "export.json")]
+    child = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(base_folder), str(adapter), *map(str, paths)],
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path]), "TQDM_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 1
+    said = r"out of memory: [\d.]+ GB of address space \(ulimit -v\) are there; export needs about 0\.8 GB; free memory, or choose a smaller models\.base\."
+    assert re.search(said, child.stderr) and child.stderr.count("\n") == 1, child.stderr
+    assert not any(path.exists() for path in paths)
 
 
 def test_the_merged_model_says_what_base_and_adapter_say_together(exported: Exported) -> None:
@@ -201,6 +246,10 @@ def test_metrics_give_sizes_times_and_memory(exported: Exported) -> None:
     metrics = json.loads(exported.metrics.read_text(encoding="utf-8"))
     sizes = {name: (exported.gguf / name).stat().st_size for name in ("docsmith-q8_0.gguf", "docsmith-q4_k_m.gguf")}
     assert {name: file["bytes"] for name, file in metrics["files"].items()} == sizes
+    assert {name: file["sha256"] for name, file in metrics["files"].items()} == {
+        name: sha256_of_file(exported.gguf / name) for name in sizes
+    }
+    assert metrics["merged_sha256"] == sha256_of(exported.merged)
     assert 100e6 < sizes["docsmith-q4_k_m.gguf"] < sizes["docsmith-q8_0.gguf"] < 150e6
     assert sorted(metrics["seconds"]) == ["convert", "merge", "quantise"]
     assert 500 < metrics["peak_memory_mb"] < 20_000

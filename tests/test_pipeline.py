@@ -3,14 +3,14 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import Finished
+from small_project import SECRET, call
 
-REPOSITORY = Path(__file__).parents[1]
 STAGES = [
     "collect@pages",
     "ingest",
@@ -30,96 +30,13 @@ STAGES = [
     "report",
 ]
 
-PAGES = {
-    "kettle.md": """# The Alto kettle
-
-## Boiling
-
-The Alto kettle boils one litre of water in three minutes. To start the kettle, press the round button on its handle.
-The kettle switches itself off when the water boils, because a bimetal disc bends at one hundred degrees.
-
-## Descaling
-
-Descaling removes the lime that hard water leaves in the Alto kettle. To descale the kettle, boil half a litre of vinegar and rinse twice.
-A kettle in a town with hard water needs descaling every month. The lid of the kettle must stay closed while the vinegar boils.
-""",
-    "lamp.md": """# The Brio lamp
-
-## Light
-
-The Brio lamp gives eight hundred lumens of warm white light. To dim the Brio lamp, hold the touch sensor for two seconds.
-The lamp remembers its last brightness, because it stores the value in flash memory.
-
-## Battery
-
-The battery of the Brio lamp lasts nine hours at half brightness. To charge the lamp, connect a USB-C cable to the port in its foot.
-A red ring on the lamp means that the battery is below ten percent.
-""",
-    "radio.md": """# The Corso radio
-
-## Stations
-
-The Corso radio stores forty stations in its memory. To save a station, hold one of the number keys until the radio beeps.
-The radio searches for stations again when its antenna has been moved.
-
-## Alarm
-
-The alarm of the Corso radio starts quietly and grows louder for one minute. To set the alarm, turn the left wheel and press it.
-The alarm is a clock of its own, so that it rings during a power cut as well.
-""",
-}
-SECRET = "ghp_" + "Zq7Lw2Xk9Rb4Tn6Vc8Mf3Hd5Js1Py0Ga2Ke"  # of the radio's alarm section
-SETTINGS = {
-    "collect": {"sources": {"pages": {"path": "pages"}}},
-    "generate": {"pairs_per_chunk": 3, "wordings": 4, "concurrency": 16},
-    "split": {"held_out_share": 0.2, "max_dev": 4},
-    "train": {"num_train_epochs": 6, "logging_steps": 1, "eval_steps": 5, "warmup_steps": 1},
-    "chat": {"max_new_tokens": 24},
-    "answer": {"concurrency": 4},
-    "export": {"quants": ["q8_0"], "serve": "q8_0"},
-    "evaluate": {"resamples": 200},
-}
-
-
-def call(project: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "CI": "true"}
-    environment.pop("MLFLOW_TRACKING_URI", None)
-    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=1100, check=False)
-
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(finished: Finished) -> Path:
     """A copy of the repository with three pages of its own, after `dvc repro`."""
-    import yaml
-
-    project = tmp_path_factory.mktemp("project")
-    for name in ("stages", ".dvcignore", "dvc.yaml", ".gitignore"):
-        source = REPOSITORY / name
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(source, project / name, ignore=ignored) if source.is_dir() else shutil.copy(source, project / name)
-    (project / ".dvc").mkdir()
-    shutil.copy(REPOSITORY / ".dvc/config", project / ".dvc/config")
-    if (REPOSITORY / "models/cache").is_dir():
-        shutil.copytree(REPOSITORY / "models/cache", project / "models/cache")
-    (project / "data").mkdir()
-    for name in ("curated.jsonl", "gold.jsonl", "review.jsonl"):
-        shutil.copy(REPOSITORY / "data" / name, project / "data" / name)
-    for name, text in PAGES.items():
-        (project / "pages").mkdir(exist_ok=True)
-        leak = (
-            f"\nThe alarm of the radio is set from afar with the token {SECRET} of the workshop.\n" if name == "radio.md" else ""
-        )
-        (project / "pages" / name).write_text(text + leak, encoding="utf-8")
-    params = yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
-    for section, values in SETTINGS.items():
-        params[section].update(values)
-    (project / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
-    call(project, "git", "init", "--quiet")
-    done = call(project, "dvc", "repro")
-    assert done.returncode == 0, done.stdout + done.stderr
-    ran = [line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")]
+    ran = [line.split("'")[1] for line in finished.said.splitlines() if line.startswith("Running stage")]
     assert ran == STAGES
-    return project
+    return finished.project
 
 
 def metrics(project: Path, stage: str) -> dict[str, object]:

@@ -1,146 +1,30 @@
+"""report: what a pull request shows, from a finished run's files."""
+
 import json
 import re
 import struct
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
+from finished_run import METRICS, PARAMS, finding, questions_of, scoreboard, section, write_run, write_scores
 
-from stages.pages import NOT_MEASURED
+from stages.pages import MAX_CHARACTERS, NOT_MEASURED
 from stages.program import BadInput, BadParams, LimitBroken
-from stages.records import Answer, Coverage, Document, Finding, Question, Rejected, Score, content_id, write_records
-from stages.report import MAX_CHARACTERS, Params, duration, finding_rows, main, run_rows, spread
-from stages.scoreboard import Interval, Scoreboard, SetScores, SystemScores
+from stages.records import Question, Score, read_records, write_records
+from stages.report import Params, duration, finding_rows, main, pick_samples, run_rows, spread
+from stages.scoreboard import Interval
 from stages.verdict import Gates
 
-GATES = Gates(min_recall_gain=0.0, max_gguf_loss=0.03)
-MEANS = {"base": 0.612, "tuned": 0.781, "q8_0": 0.774, "q4_k_m": 0.731}
+GATES = Gates(
+    min_recall_gain=0.0,
+    max_gguf_loss=0.03,
+    max_general_loss=0.05,
+    max_abstention_loss=0.75,  # three questions show no smaller loss
+    max_champion_loss=0.03,
+    min_questions=5,
+)
 HOSTILE = "Use | or <script>alert(1)</script> and `code`, *now*: @team #1\n![x](http://example.org/x.png)"
-PARAMS = """models: {base: "pkg:base/model.gguf"}
-export: {serve: q8_0}
-report: {samples: 3}  # a comment with ``` in it
-"""
-METRICS: dict[str, dict[str, Any]] = {
-    "train": {"seconds": 754.2, "trainer": "trl", "device": "cpu", "steps": 320, "tokens_per_s": 584.6, "final_loss": 0.4127},
-    "export": {"files": {"docsmith-q8_0.gguf": {"bytes": 144_811_000}}},
-    "answer": {"systems": {"base": {"tokens_per_s": 231.4}, "q8_0": {"tokens_per_s": 86.0}}},
-    "validate": {
-        "candidates": 1234,
-        "pairs": 456,
-        "rejected": 778,
-        "by_rule": {"answer-too-short": 90, "holds-personal-data": 0, "id-repeats": 0, "quote-not-in-chunk": 700},
-        "flagged": {"holds-personal-data": 8},
-        "review": {"accepted": 31, "edited": 12, "rejected": 5, "stale": 2},
-    },
-    "ingest": {"findings": {"hidden-text": 1, "secret": 0, "personal-data": 2}},
-    "measure": {"clusters": 1100, "largest_cluster": 7, "with_secrets": 3, "with_personal_data": 8},
-    "split": {"unused": 41, "unused_by_reason": {"leak-margin": 40, "held-out-limit": 1}},
-    "coverage": {
-        "sections": 1250,
-        "covered": 1237,
-        "share": 0.9896,
-        "uncovered": {"no-fact": 2, "too_short": 11},
-        "pairs_by_type": {"conceptual": 40, "factual": 416},
-        "pairs_by_recipe": {"quote-first": 456},
-    },
-}
-
-
-def around(mean: float, half: float = 0.04) -> Interval:
-    return Interval(mean, round(mean - half, 6), round(mean + half, 6))
-
-
-def scores_of(n: int, shift: float = 0.0) -> SetScores:
-    return SetScores(
-        sections=9,
-        systems={
-            name: SystemScores(n=n, empty=0, similarity=around(mean + shift), rouge_l=around(mean / 2 + shift))
-            for name, mean in MEANS.items()
-        },
-        gains={
-            f"{one}-{other}": around(MEANS[one] - MEANS[other], 0.02)
-            for other, rest in (("base", ("tuned", "q8_0", "q4_k_m")), ("tuned", ("q8_0", "q4_k_m")))
-            for one in rest
-        },
-    )
-
-
-def write_run(folder: Path, reply: str = "It listens on port 5000.", questions: int = 9) -> list[Path]:
-    """A finished pipeline's files in `folder`, and the paths that dvc.yaml gives to report."""
-    asked, answers, scores = [], [], []
-    for number in range(questions):
-        of_set: Any = "held_out" if number % 3 == 2 else "recall"
-        question = Question(
-            id=f"q{number:03}",
-            set=of_set,
-            pair_id=f"p{number}",
-            section_id=f"s{number % 4}",
-            type="factual",
-            question=f"Which port does the server of chapter {number} listen on?",
-            reference=f"The server listens on port 500{number}.",
-        )
-        asked.append(question)
-        for system, mean in MEANS.items():
-            same = {"question_id": question.id, "system": system}
-            text = "" if (system, number) == ("base", 0) else reply
-            answers.append(Answer(id=content_id(question.id, system), text=text, **same))
-            # tuned gains most on the first question and least on the last
-            similarity = mean if system == "base" else mean - 0.01 * number
-            rest = {"set": of_set, "section_id": question.section_id, "type": "factual", "rouge_l": 0.5}
-            scores.append(Score(id=content_id(question.id, system), similarity=similarity, **same, **rest))
-    data, metrics = folder / "data", folder / "reports/metrics"
-    write_records(data / "questions.jsonl", asked)
-    for system in MEANS:
-        write_records(data / f"answers/{system}.jsonl", [answer for answer in answers if answer.system == system])
-    write_records(data / "scores.jsonl", scores)
-    broken = {"chunk_id": "c1", "section_id": "s1", "question": "Port?", "answer": reply, "quote": "", "type": "factual"}
-    rules = ("quote-not-in-chunk", "answer-too-short")
-    lost = [Rejected(id=f"r{number:02}", similarity=0.5, rules=rules, waivable=True, **broken) for number in range(20)]
-    write_records(data / "rejected.jsonl", lost)
-    write_records(data / "findings.jsonl", [finding("hidden-text", 0), finding("personal-data", 1), finding("personal-data", 0)])
-    write_records(data / "coverage.jsonl", [section(number) for number in range(15)])
-    (folder / "reports").mkdir(exist_ok=True)
-    (folder / "reports/coverage.png").write_bytes(b"\x89PNG of the map")
-    page = {"source": "handbook", "sha256": "f00", "revision": "", "title": "Page", "text": "Text"}
-    write_records(data / "documents.jsonl", [Document(id=f"d{number}", path=f"page{number}.md", **page) for number in range(7)])
-    metrics.mkdir(parents=True)
-    for name, figures in METRICS.items():
-        (metrics / f"{name}.json").write_text(json.dumps(figures))
-    write_scores(folder, Scoreboard(confidence=0.95, recall=scores_of(6), held_out=scores_of(3, -0.3)))
-    curves = folder / "reports/curves"
-    curves.mkdir(exist_ok=True)
-    trained = [f"{step},{2.5 / (1 + step / 40):.3f},{0.001 * (1 - step / 325):.5f},0.5" for step in range(5, 325, 5)]
-    (curves / "train.csv").write_text("\n".join(["step,loss,learning_rate,grad_norm", *trained]) + "\n")
-    unseen = [f"{step},{2.6 / (1 + step / 60):.3f}" for step in range(40, 325, 40)]
-    (curves / "dev.csv").write_text("\n".join(["step,loss", *unseen]) + "\n")
-    (folder / "params.yaml").write_text(PARAMS)
-    written = ["report.md", "report.html", "loss.png", "scores.png"]
-    return [
-        data,
-        metrics,
-        curves,
-        folder / "params.yaml",
-        folder / "reports/coverage.png",
-        *(folder / "reports" / name for name in written),
-    ]
-
-
-def finding(kind: Any, page: int) -> Finding:
-    place: dict[str, Any] = {"parent_id": f"d{page}", "source": "handbook", "path": f"page{page}.md", "start": 3, "end": 9}
-    return Finding(id=content_id(kind, page), kind=kind, rule="email", shown="what-was-found", **place)
-
-
-def section(number: int) -> Coverage:
-    """Sections 0 and 1 have pairs, and 14 lost most candidates."""
-    counts = {"chunks": 1, "facts": 1, "candidates": number, "pairs": int(number < 2), "rejected": number if number > 1 else 0}
-    nothing: dict[str, Any] = {"pairs_by_type": {}, "pairs_by_recipe": {}, "rejected_by_rule": {}, "failures_by_reason": {}}
-    place: dict[str, Any] = {"source": "handbook", "path": "page.md", "heading_path": ("Page", f"Part {number}"), "start": number}
-    return Coverage(id=f"s{number:02}", reason="" if number < 2 else "too_short", retried=False, **counts, **nothing, **place)
-
-
-def write_scores(folder: Path, scores: Scoreboard) -> None:
-    (folder / "reports/metrics/evaluate.json").write_bytes(msgspec.json.encode(scores))
 
 
 def write_report(paths: list[Path], samples: int = 3, gates: Gates = GATES) -> tuple[str, str]:
@@ -148,18 +32,24 @@ def write_report(paths: list[Path], samples: int = 3, gates: Gates = GATES) -> t
     return paths[5].read_text(encoding="utf-8"), paths[6].read_text(encoding="utf-8")
 
 
-def test_the_report_opens_with_the_verdict_and_shows_scores_rejections_figures_and_lineage(tmp_path: Path) -> None:
+def table_after(markdown: str, heading: str) -> dict[str, list[str]]:
+    """The first table after `heading`, as first cell -> the other cells."""
+    rows = re.search(r"^\|.*?(?=^$)", markdown.split(heading, 1)[1], flags=re.M | re.S)
+    assert rows is not None
+    cells = [[cell.strip().replace("\\", "") for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows[0].splitlines()]
+    return {name: rest for name, *rest in cells}
+
+
+def test_the_report_opens_with_the_verdict_and_the_gates_and_shows_rejections_figures_and_lineage(tmp_path: Path) -> None:
     markdown, page = write_report(write_run(tmp_path))
     lines = markdown.splitlines()
     assert lines[0] == "# Docsmith: promote"
-    assert lines[2].startswith(
-        "tuned - base on recall is 0.169 (95 % 0.149 to 0.189), all above 0.000, and q8\\_0 - tuned is -0.007"
-    )
-    recall = [line for line in lines if line.startswith("| tuned | 6 |")]
-    assert recall == [
-        "| tuned | 6 | 0 | 0.781 \\[0.741 to 0.821\\] | 0.391 \\[0.350 to 0.430\\] | 0.169 \\[0.149 to 0.189\\] |  |"
-    ]
-    assert "| q4\\_k\\_m | 3 | 0 | 0.431" in markdown
+    assert lines[2] == "tuned - base on 6 recall questions is 0.169 (95 % 0.149 to 0.189), all above 0.000."
+    gates = table_after(markdown, "# Docsmith")
+    assert list(gates)[2:] == ["data", "leaks", "files", "questions", "recall", "general", "abstention", "gguf"]
+    assert gates["recall"][:3] == ["passed", "0.169 [0.149 to 0.189]", "0"]
+    assert gates["gguf"][:3] == ["passed", "-0.007 [-0.027 to 0.013]", "-0.03"]
+    assert gates["questions"] == ["passed", "", "5", "recall has 6 questions of 12 sections"]
     assert "Of 1,234 candidates 456 became pairs and 778 were rejected." in markdown
     assert markdown.count("| quote-not-in-chunk, answer-too-short | Port? |") == 5
     assert "| Training time | 12 min 34 s |" in markdown and "| Size of docsmith-q8\\_0.gguf | 144.8 MB |" in markdown
@@ -167,6 +57,55 @@ def test_the_report_opens_with_the_verdict_and_shows_scores_rejections_figures_a
     assert "````yaml\nmodels: {base" in markdown and "![Scores by system with intervals](scores.png)" in markdown
     for text in ("Docsmith: promote", "0.781 [0.741 to 0.821]", "144.8 MB", "quote-not-in-chunk, answer-too-short"):
         assert text in page
+
+
+def test_every_question_set_has_a_table_of_its_own_in_the_measure_that_tells(tmp_path: Path) -> None:
+    markdown, page = write_report(write_run(tmp_path))
+    titles = ["Recall", "Held-out sections", "Gold", "Out of scope", "General"]
+    assert re.findall(r"^### (.+)$", markdown, flags=re.M) == re.findall(r"<h3>([^<]+)</h3>", page) == titles
+    recall = table_after(markdown, "### Recall")
+    assert recall["system"] == ["similarity", "passed", "similarity over base", "won / lost", "p"]
+    assert recall["tuned"] == ["0.781 [0.741 to 0.821]", "0.391 [0.350 to 0.430]", "0.169 [0.149 to 0.189]", "4 / 1", "0.375"]
+    assert recall["base"][2:] == ["", "", ""] and recall["tuned_rag"][2] == "0.211 [0.191 to 0.231]"
+    assert "6 questions from 12 sections. A gain of tuned over base below 0.031 would mostly go unseen" in markdown
+    unknown = table_after(markdown, "### Out of scope")
+    assert unknown["system"][0] == "abstained" and unknown["q8_0"][0] == "0.774 [0.734 to 0.814]"
+    assert table_after(markdown, "### General")["oracle"][0] == "0.873 [0.833 to 0.913]"
+
+
+def test_folds_hold_the_other_measures_the_question_types_and_what_base_did_not_know(tmp_path: Path) -> None:
+    markdown, page = write_report(write_run(tmp_path))
+    recall = markdown.split("### Recall")[1].split("### Held-out")[0]
+    others = table_after(recall, "<details>")
+    assert others["system"] == ["empty", "ROUGE-L", "key facts", "similarity over tuned"]
+    assert others["base"][0] == "1" and others["q8_0"][3] == "-0.007 [-0.027 to 0.013]"
+    types = table_after(recall, "Similarity by question type:")
+    assert types["system"] == ["factual", "procedural"] and types["tuned"][1] == "0.781 [0.721 to 0.841]"
+    assert table_after(recall, "which passed none of these 2:")["tuned"][0] == "0.801 [0.761 to 0.841]"
+    out = markdown.split("### Out of scope")[1].split("### General")[0]
+    assert "by question type" not in out and "unknown to base" not in out and "ROUGE-L" not in out
+    assert page.count("unknown to base") == 1 and page.count("Similarity by question type:") == 4
+
+
+def test_a_failed_gate_is_the_verdict_and_stands_out(tmp_path: Path) -> None:
+    paths = write_run(tmp_path)
+    (paths[1] / "validate.json").unlink()
+    markdown, page = write_report(paths)
+    assert markdown.startswith("# Docsmith: reject\n\nthe metrics of validate are missing")
+    assert '<td class="bad">failed</td>' in page and '<header class="verdict refuse">' in page
+
+
+def test_report_json_says_the_same_to_programs(tmp_path: Path) -> None:
+    paths = write_run(tmp_path)
+    markdown, _ = write_report(paths)
+    found = json.loads(paths[7].read_text(encoding="utf-8"))
+    assert found["verdict"]["outcome"] == "promote" and markdown.splitlines()[2] == f"{found['verdict']['reason']}."
+    assert [gate["name"] for gate in found["verdict"]["gates"]][-1] == "gguf" and found["served"] == "q8_0"
+    assert ["Training time", "12 min 34 s"] in found["run"] and found["by_rule"][0][:3] == [
+        "quote-not-in-chunk",
+        "warning",
+        "700",
+    ]
 
 
 def test_broken_rules_are_shown_with_severity_and_reason_and_the_others_are_not(tmp_path: Path) -> None:
@@ -261,22 +200,30 @@ def test_a_figure_that_is_missing_reads_as_not_measured_and_never_as_zero(tmp_pa
 
 def test_the_verdict_is_the_one_that_promote_acts_on(tmp_path: Path) -> None:
     paths = write_run(tmp_path)
-    assert write_report(paths, gates=Gates(0.16, 0.03))[0].startswith("# Docsmith: not enough evidence\n")
-    assert write_report(paths, gates=Gates(0.0, 0.001))[0].startswith("# Docsmith: do not promote\n")
+    changed = {"min_recall_gain": 0.16}, {"min_recall_gain": 0.19}
+    verdicts = [write_report(paths, gates=msgspec.structs.replace(GATES, **one))[0].splitlines()[0] for one in changed]
+    assert verdicts == ["# Docsmith: not enough evidence", "# Docsmith: reject"]
 
 
-def test_one_section_and_no_held_out_questions_are_said_in_words(tmp_path: Path) -> None:
+def test_one_section_and_no_other_sets_are_said_in_words(tmp_path: Path) -> None:
     paths = write_run(tmp_path)
-    alone = SystemScores(n=6, empty=0, similarity=Interval(0.5, None, None), rouge_l=Interval(0.25, None, None))
-    gains = {pair: Interval(0.1, None, None) for pair in scores_of(6).gains}
-    write_scores(tmp_path, Scoreboard(confidence=0.95, recall=SetScores(1, dict.fromkeys(MEANS, alone), gains)))
+    board = scoreboard("recall")
+    recall = board.sets["recall"]
+    alone = Interval(0.5, None, None)
+    systems = {name: msgspec.structs.replace(one, measures={"similarity": alone}) for name, one in recall.systems.items()}
+    pairs = {
+        name: msgspec.structs.replace(one, gains={"similarity": alone}, minimum_effect=None)
+        for name, one in recall.comparisons.items()
+    }
+    board.sets["recall"] = msgspec.structs.replace(
+        recall, sections=1, systems=systems, comparisons=pairs, by_type={}, unknown=None
+    )
+    write_scores(tmp_path, board)
     markdown, page = write_report(paths)
     assert markdown.startswith("# Docsmith: not enough evidence\n")
-    assert (
-        "Questions come from 1 section, so there are no intervals." in markdown
-        and "Held-out sections" not in page.split("Data quality")[0]
-    )
-    assert "| base | 6 | 0 | 0.500 | 0.250 |  |  |" in markdown
+    assert "6 questions from 1 section, so there are no intervals." in markdown and "would mostly go unseen" not in markdown
+    assert "Held-out sections" not in page.split("Data quality")[0] and "Similarity by question type" not in page
+    assert table_after(markdown, "### Recall")["tuned"] == ["0.500", "", "0.500", "4 / 1", "0.375"]
 
 
 def test_what_a_model_says_cannot_break_the_table_or_the_page(tmp_path: Path) -> None:
@@ -285,18 +232,39 @@ def test_what_a_model_says_cannot_break_the_table_or_the_page(tmp_path: Path) ->
         "Use \\| or &lt;script&gt;alert(1)&lt;/script&gt; and \\`code\\`, \\*now\\*: @\u200bteam #\u200b1 "
         "!\\[x\\](http://example.org/x.png)"
     )
-    assert f"| tuned | {cell} | 0.781 |" in markdown
+    assert f"| tuned | {cell} | 0.7" in markdown
     assert "<script" not in markdown and "<script" not in page and "&lt;script&gt;alert(1)" in page
     assert re.findall(r'(?:src|href)="(?!data:image/png;base64,)', page) == []
 
 
-def test_samples_go_from_the_greatest_gain_to_the_greatest_loss_and_a_third_is_held_out(tmp_path: Path) -> None:
+def test_samples_come_from_every_set_and_go_from_the_greatest_gain_to_the_greatest_loss(tmp_path: Path) -> None:
     paths = write_run(tmp_path)
-    summaries = re.findall(r"<summary>(.*): Which port does the server of chapter (\d)", write_report(paths, samples=3)[0])
-    # recall is 0, 1, 3, 4, 6, 7 and held out 2, 5, 8; tuned gains less from question to question
-    assert summaries == [("Recall", "0"), ("Recall", "7"), ("Held-out sections", "5")]
-    assert "<summary>Recall" not in write_report(paths, samples=0)[0]
-    assert "| base | (empty) | 0.612 |" in write_report(paths, samples=3)[0]
+    asked, scores = read_records(paths[0] / "exam.jsonl", Question), read_records(paths[0] / "scores.jsonl", Score)
+
+    def picked(count: int) -> list[str]:
+        return [one.id for one in pick_samples(asked, scores, count)]
+
+    # tuned gains less from question to question; a set's only sample is the middle one
+    assert picked(6) == ["recall0", "recall5", "held_out1", "gold2", "out_of_scope1", "general1"]
+    assert picked(4) == ["recall3", "held_out1", "gold2", "out_of_scope1"]
+    assert len(picked(100)) == 18 and picked(0) == []
+    markdown, _ = write_report(paths, samples=6)
+    summaries = re.findall(r"<summary>(.*): Which port does the \w+ server of chapter (\d)", markdown)
+    assert summaries[1:3] == [("Recall", "5"), ("Held-out sections", "1")] and len(summaries) == 6
+    assert "| base | (empty) | 0.612 | no |" in markdown and "| tuned | It listens on port 5000. |  | yes |" in markdown
+    assert "| reference | (that the documentation does not cover it) |  |  |" in markdown
+
+
+def test_a_set_that_cannot_be_scored_by_its_measure_is_sampled_all_the_same() -> None:
+    nothing = {"set": "gold", "section_id": "s", "type": "factual", "similarity": None, "rouge_l": None, "key_facts": None}
+    nothing |= {"evidence": None, "judge": None, "abstained": 0.0, "passed": 0.0}
+    asked = [one for one in questions_of() if one.set == "gold"]
+    scores = [
+        Score(id=f"{one.id}{system}", question_id=one.id, system=system, **nothing)
+        for one in asked
+        for system in ("base", "tuned")
+    ]
+    assert [one.id for one in pick_samples(asked, scores, 2)] == ["gold0", "gold3"]
 
 
 def test_spread_takes_both_ends_and_what_lies_evenly_between() -> None:
@@ -306,11 +274,11 @@ def test_spread_takes_both_ends_and_what_lies_evenly_between() -> None:
 
 
 def test_a_long_report_leaves_samples_out_until_a_comment_holds_it_and_says_so(tmp_path: Path) -> None:
-    paths = write_run(tmp_path, reply="<|&" * 400, questions=60)
+    paths = write_run(tmp_path, reply="<|&" * 400, copies=4)
     paths[3].write_text(PARAMS + "# filler\n" * 20_000)
     markdown, page = write_report(paths, samples=40)
     assert 50_000 < len(markdown) <= MAX_CHARACTERS
-    shown = markdown.count("<summary>Recall") + markdown.count("<summary>Held-out")
+    shown = len(re.findall(r"<summary>[\w -]+: Which port", markdown))
     assert 0 < shown < 40 and f"\n{40 - shown} of 40 samples are left out here, as a comment holds 65,536 characters" in markdown
     assert "(500 more characters)" in markdown and "# … the rest is in params.yaml" in markdown
     assert page.count('<section class="sample">') == 40 and page.count("# filler") == 20_000
@@ -329,7 +297,7 @@ def test_two_runs_give_the_same_bytes_and_pictures_name_no_software(tmp_path: Pa
     first = [path.read_bytes() for path in paths[5:]]
     write_report(paths)
     assert [path.read_bytes() for path in paths[5:]] == first
-    for picture in first[2:]:
+    for picture in first[3:]:
         width, height = struct.unpack(">II", picture[16:24])
         assert picture.startswith(b"\x89PNG") and width > 900 and height > 400 and b"matplotlib" not in picture
 
@@ -337,11 +305,11 @@ def test_two_runs_give_the_same_bytes_and_pictures_name_no_software(tmp_path: Pa
 def test_a_changed_loss_or_score_changes_its_picture(tmp_path: Path) -> None:
     paths = write_run(tmp_path)
     write_report(paths)
-    loss, scores = paths[7].read_bytes(), paths[8].read_bytes()
+    loss, scores = paths[8].read_bytes(), paths[9].read_bytes()
     (paths[2] / "train.csv").write_text("step,loss,learning_rate,grad_norm\n5,2.0,0.001,0.5\n")
-    write_scores(tmp_path, Scoreboard(confidence=0.95, recall=scores_of(6)))
+    write_scores(tmp_path, scoreboard("recall"))
     write_report(paths)
-    assert paths[7].read_bytes() != loss and paths[8].read_bytes() != scores
+    assert paths[8].read_bytes() != loss and paths[9].read_bytes() != scores
 
 
 @pytest.mark.parametrize("line", ["5,low", "5", ",2.0"])

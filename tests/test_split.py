@@ -406,12 +406,12 @@ def said_in(example: Example) -> tuple[str, str]:
     return user.content, assistant.content
 
 
-def test_general_conversations_are_60_to_train_and_20_to_test_and_no_two_are_alike() -> None:
+def test_general_conversations_are_60_to_train_and_40_to_test_and_no_two_are_alike() -> None:
     known = read_general()
-    assert [sum(one.set == name for one in known) for name in ("train", "test")] == [60, 20] and len(known) == 80
+    assert [sum(one.set == name for one in known) for name in ("train", "test")] == [60, 40] and len(known) == 100
     questions = [one.question for one in known]
-    assert near_duplicates(questions, 0.4) == list(range(80))  # the rules of pairs ask for 0.8
-    assert len({one.answer.lower() for one in known}) == 80
+    assert near_duplicates(questions, 0.4) == list(range(100))  # the rules of pairs ask for 0.8
+    assert len({one.answer.lower() for one in known}) == 100
     for one in known:
         assert one.question == one.question.strip() and one.answer == one.answer.strip() and one.answer
         assert len(one.answer.split()) <= 45, one.answer

@@ -36,6 +36,22 @@ def near_duplicates(texts: Sequence[str], threshold: float) -> list[int]:
     return joined(len(texts), equal + found)
 
 
+def repeats(texts: Sequence[str], known: Iterable[str]) -> list[int]:
+    """The places, in order, of those of `texts` that say what one of `known` says: in the same words, or near to it by MIN_JACCARD.
+
+    Near texts that differ in a number, or in a word that one of them sets as `code`, are two: of templated questions, many do.
+    """
+    others = list(dict.fromkeys(known))
+    equal = {words(text) for text in others}
+    found = {place for place, text in enumerate(texts) if words(text) in equal}
+    for one, place in _near_by_words([*others, *texts], MIN_JACCARD):
+        if one < len(others) <= place and (text := texts[place - len(others)]) and _jaccard(others[one], text) >= MIN_JACCARD:
+            differing = set(words(others[one]).split()) ^ set(words(text).split())
+            marked = words(" ".join("".join(mark) for mark in MARKS.findall(f"{others[one]}\n{text}"))).split()
+            found |= set() if differing & set(marked) else {place - len(others)}
+    return sorted(found)
+
+
 def near_pairs(vectors: "np.ndarray", min_cosine: float) -> list[tuple[int, int]]:
     """Pairs (i, j), i < j, sorted, of rows of `vectors` (n, d), of unit length, whose cosine is at least `min_cosine`.
 

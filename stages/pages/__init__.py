@@ -1,19 +1,52 @@
-"""What the report and the dataset card share: figures in words, text that cannot break Markdown, templates."""
+"""What reports and the dataset card share: figures in words, text that cannot break Markdown, templates."""
 
 import html
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 NOT_MEASURED = "not measured"
 MAX_CELL = 700  # characters of one text in a Markdown table
 MAX_FENCED = 16_000
+MAX_CHARACTERS = 65_536  # GitHub's limit for one comment
 
 Row = tuple[str, ...]
+
+
+class QuestionSet(NamedTuple):
+    """How a set of questions is shown: its title, what it asks, and the measure that says most about it."""
+
+    title: str
+    meaning: str
+    measure: str = "similarity"
+
+
+SETS = {
+    "recall": QuestionSet("Recall", "New wordings of facts that were trained: does the model know the documentation?"),
+    "held_out": QuestionSet(
+        "Held-out sections", "Sections that were never trained: what does the model say about what it cannot know?"
+    ),
+    "gold": QuestionSet("Gold", "Questions that people wrote: does the model help those who ask in their own words?"),
+    "out_of_scope": QuestionSet(
+        "Out of scope",
+        "What the documentation does not cover: does the model say so, rather than make something up?",
+        "abstained",
+    ),
+    "general": QuestionSet("General", "What any assistant should know: has the training made the model forget it?"),
+}
+MEASURES = {
+    "similarity": "similarity",
+    "rouge_l": "ROUGE-L",
+    "key_facts": "key facts",
+    "evidence": "evidence",
+    "judge": "judge",
+    "abstained": "abstained",
+    "passed": "passed",
+}
 
 
 def read_figures(path: Path) -> dict[str, Any]:
@@ -38,6 +71,11 @@ def counted(counts: dict[str, int] | None) -> str:
     if counts is None:
         return NOT_MEASURED
     return ", ".join(f"{name} {count:,}" for name, count in Counter(counts).most_common() if count) or "none"
+
+
+def chance(p: float) -> str:
+    """A p value with three decimals; `< 0.001` where they would all be 0."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def rule_rows(suite: Path, counts: dict[str, int]) -> list[Row]:

@@ -67,14 +67,14 @@ class AddLora(torch.autograd.Function):
         inner = F.linear(x, a)
         ctx.save_for_backward(x, weight, a, b, inner)
         ctx.scale = scale
-        return torch.addmm(F.linear(x, weight, bias), inner, b.T, alpha=scale)
+        return F.linear(x, weight, bias).addmm_(inner, b.T, alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
         x, weight, a, b, inner = ctx.saved_tensors
         into = gradient @ b
-        to_x = torch.addmm(gradient @ weight, into, a, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
+        to_x = (gradient @ weight).addmm_(into, a, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
         return to_x, None, None, (into.T @ x).float() * ctx.scale, (gradient.T @ inner).float() * ctx.scale, None
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import stages.likeness
-from stages.likeness import EXACT, clusters, joined, near_duplicates, near_pairs
+from stages.likeness import EXACT, clusters, joined, near_duplicates, near_pairs, repeats
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"]  # 150 of them
 PAGE = " ".join(WORDS[:22])  # 20 triples
@@ -182,3 +182,30 @@ def test_templated_questions_that_differ_in_a_name_are_not_even_compared(compare
 
 def test_many_copies_of_one_text_cost_no_comparison(compared: list[tuple[str, str]]) -> None:
     assert near_duplicates([PAGE] * 1000, 0.8) == [0] * 1000 and not compared
+
+
+# texts that repeat known ones
+
+
+def test_a_text_repeats_a_known_one_in_the_same_words_or_nearly() -> None:
+    near = PAGE.rsplit(" ", 1)[0] + " changed"  # 19 of 21 triples are shared
+    far = PAGE.replace(WORDS[11], "changed")  # 17 of 23, which is below MIN_JACCARD
+    assert repeats([PAGE.upper(), far, near, "something else"], [PAGE, PAGE]) == [0, 2]
+    assert repeats([PAGE], []) == [] and repeats([], [PAGE]) == []
+
+
+def test_near_texts_that_differ_in_a_number_or_in_code_do_not_repeat_each_other_and_marks_alone_make_no_difference() -> None:
+    for one, other in (("`train.r`", "`train.seed`"), ("port 5000", "port 5001"), ("`cat`", "dog")):
+        assert repeats([f"{PAGE} {one}"], [f"{PAGE} {other}"]) == [], one
+        assert repeats([f"{PAGE} {one}"], [f"{PAGE} more {one.replace('`', '')}"]) == [0], one
+
+
+def test_work_on_repeats_grows_with_the_texts(compared: list[tuple[str, str]]) -> None:
+    texts = sentences(1000)
+    counts = []
+    for size in (500, 1000):
+        compared.clear()
+        found = repeats(texts[9:size:10], [text for number, text in enumerate(texts[:size]) if number % 10 != 9])
+        assert len(found) == size / 10
+        counts.append(len(compared))
+    assert counts[1] < 2.5 * counts[0] < 2.5 * 500

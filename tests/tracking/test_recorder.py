@@ -1,70 +1,23 @@
 """What a training tells MLflow arrives once, whatever happens to the store: a real `mlflow server`, and real faults before it."""
 
 import contextlib
-import os
 import resource
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow_server import Server, free_port
 from test_train import Project
 
 from stages.params import Tracking
-from stages.tracking import client_of, connect, recorder, without_secrets
+from stages.tracking import client_of, recorder, without_secrets
 from stages.tracking.recorder import Recorder, recording
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-class Server:
-    """`mlflow server` on loopback, which can be killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
-        command += [
-            "--default-artifact-root",
-            str(self.folder),
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            "--workers",
-            "1",
-        ]
-        with (self.folder / "server.log").open("a") as log:
-            environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-            self.child = subprocess.Popen(
-                command, stdout=log, stderr=log, cwd=self.folder, env=environment, start_new_session=True
-            )
-        deadline = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=1):
-                return
-            assert self.child.poll() is None and time.monotonic() < deadline, (self.folder / "server.log").read_text()
-            time.sleep(0.05)
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.child.pid, signal.SIGKILL)
-        self.child.wait()
 
 
 class Fault:
@@ -116,16 +69,6 @@ class Fault:
                     answer += more
             if fault != "lost answer":
                 client.sendall(answer)
-
-
-@pytest.fixture(scope="module")
-def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new SQLite store, to be copied: making one takes seconds."""
-    folder = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        connect(Tracking(uri=f"sqlite:///{folder}/mlflow.db", experiment="test", model_name="test"))
-    return folder / "mlflow.db"
 
 
 @pytest.fixture(scope="module")
