@@ -166,7 +166,7 @@ def test_the_training_job_runs_what_changed_keeps_it_comments_and_promotion_judg
     assert len(steps) == 5
     said = [machine.run(shell, SETTINGS="report.samples=2 train.seed=3407") for shell in steps.values()]
     ran = re.findall(r"Running stage '(\w+)'", "".join(said))
-    assert ran == ["report"]  # the seed is what it was
+    assert ran == ["dataset", "report"]  # which show params.yaml; the seed is what it was
     commit = machine.read("output").strip().removeprefix("commit=")
     assert commit == succeed(finished.git_remote, "git", "rev-parse", "edit").strip()
     committed = succeed(finished.git_remote, "git", "show", "--stat", "--format=%s", "edit")
