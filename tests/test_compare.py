@@ -83,6 +83,8 @@ def branches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "params.yaml").write_text(PARAMS.replace("samples: 3", "samples: 5"))
     metrics = (folder / "reports/metrics/coverage.json").read_text()
     (folder / "reports/metrics/coverage.json").write_text(metrics.replace("1237", "1240"))
+    exported = (folder / "reports/metrics/export.json").read_text()
+    (folder / "reports/metrics/export.json").write_text(exported[:-1] + ', "base_sha256": "' + "a" * 64 + '"}')
     report.main(*paths, report=report.Params(samples=5), promote=GATES)
     commit_run(folder, "An edit")
     return folder
@@ -126,7 +128,11 @@ def test_a_fresh_clone_compares_question_by_question_with_what_the_remote_holds(
     assert "| before | It listens on port 5000. | 0.774 | yes |\n| now | It has no port. | 0.474 | no |" in part
     assert "| now | See \\| &lt;b&gt;the&lt;/b&gt; docs !\\[x\\](scores.png) | 0.464 | no |" in part
     assert "| report.samples | 3 | 5 | +2 |" in part and "<summary>1 setting differs</summary>" in part
-    assert "| reports/metrics/coverage.json covered | 1237 | 1240 | +3 |" in part and "evaluate.json" not in part
+    assert (
+        "| reports/metrics/coverage.json covered | 1237 | 1240 | +3 |" in part
+        and "evaluate.json" not in part
+        and "export.json" not in part
+    )
     assert "| tuned | Recall, similarity | 6 | 0.756 | 0.756 | 0.000" in part.split("<summary>The other systems")[1]
     assert markdown.count("](https://example.org/raw/1/reports/") == 3 and len(markdown) <= MAX_CHARACTERS
     html = MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(markdown)
