@@ -16,6 +16,7 @@ from markdown_it import MarkdownIt
 from small_project import call, succeed
 from test_ci import GITLAB, ROOT, steps_of
 
+pytestmark = pytest.mark.timeout(2400)  # run alone, the first test waits for two runs of the pipeline
 PULL_REQUEST, TRAIN = (steps_of(ROOT / f".github/workflows/{name}.yml") for name in ("pull-request", "train"))
 POSTED = """#!/usr/bin/env python3
 \"\"\"Stands in for gh and curl: keeps what is posted, as the services would, and refuses what they refuse.\"\"\"
