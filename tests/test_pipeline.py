@@ -11,6 +11,9 @@ import pytest
 from conftest import Finished
 from small_project import SECRET, call
 
+from stages.files import sha256_of_file
+from stages.scoreboard import read_scoreboard
+
 STAGES = [
     "collect@pages",
     "ingest",
@@ -120,8 +123,9 @@ def test_the_scored_gguf_is_the_shipped_one_and_its_checksum_holds(project: Path
     )
     assert checked.returncode == 0, checked.stdout
     assert "docsmith-q8_0.gguf: OK" in checked.stdout
-    systems = metrics(project, "evaluate")["recall"]["systems"]  # type: ignore[index]
-    assert sorted(systems) == ["base", "q8_0", "tuned"]
+    board = read_scoreboard(project / "reports/metrics/evaluate.json")
+    assert sorted(board.sets["recall"].systems) == ["base", "q8_0", "tuned", "tuned_rag"]
+    assert board.models["q8_0"] == sha256_of_file(project / "models/gguf/docsmith-q8_0.gguf")
 
 
 def test_the_report_shows_every_system(project: Path) -> None:
