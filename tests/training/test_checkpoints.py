@@ -44,7 +44,8 @@ def test_a_run_killed_in_mid_save_and_in_mid_step_ends_like_one_that_was_never_s
         (tmp_path / name).mkdir()
     whole, killed = project(tmp_path / "whole", tiny_folder), project(tmp_path / "killed", tiny_folder)
     killed.tracking = whole.tracking
-    whole.run()
+    said, complaints = (child := whole.start()).communicate(timeout=120)
+    assert child.returncode == 0 and "resumes" not in said, complaints
     rows = (whole.curves / "train.csv").read_text()
     assert list(whole.losses("train")) == [3, 4, 6, 8, 9, 12, 15, 16, 18, 20, 21, 24]
 
