@@ -347,6 +347,9 @@ def main(
             raise LimitBroken(
                 f"the loss is not a number after {trainer.state.global_step} steps; lower train.learning_rate ({train.learning_rate})"
             )
+        for config in trainer.model.peft_config.values():
+            if isinstance(config.target_modules, set):  # whose order, and so the file, would differ between runs
+                config.target_modules = sorted(config.target_modules)
         with new_folder(adapter) as draft:
             trainer.model.save_pretrained(draft)
             (draft / "README.md").unlink(missing_ok=True)  # peft's empty model card

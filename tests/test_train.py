@@ -149,6 +149,8 @@ def test_a_run_leaves_an_adapter_of_safetensors_whose_weights_have_moved(trained
 
     adapter = trained.project.adapter
     assert sorted(path.name for path in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(TRAIN.target_modules)  # PEFT's set would give other bytes in the next run
     weights = load_file(adapter / "adapter_model.safetensors")
     moved = [name for name, weight in weights.items() if "lora_B" in name and weight.abs().max() > 1e-3]
     assert len(moved) == 4
