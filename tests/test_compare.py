@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from finished_run import METRICS, PARAMS, scoreboard, write_run
+from finished_run import GATES, METRICS, PARAMS, scoreboard, write_run
 from markdown_it import MarkdownIt
 
 from stages import report
@@ -18,17 +18,8 @@ from stages.pages import MAX_CHARACTERS
 from stages.program import BadInput
 from stages.records import Answer, Question, Score, read_records, write_records
 from stages.scoring import Sampling
-from stages.verdict import Gates
 
 SAMPLING = Sampling(confidence=0.95, resamples=200, seed=3407)
-GATES = Gates(
-    min_recall_gain=0.0,
-    max_gguf_loss=0.03,
-    max_general_loss=0.05,
-    max_abstention_loss=0.75,  # three questions show no smaller loss
-    max_champion_loss=0.03,
-    min_questions=5,
-)
 PIPELINE = """stages:
   evaluate:
     cmd: "true"

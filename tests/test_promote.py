@@ -8,14 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import pytest
 from conftest import BASE, MODELS
-from mlflow_server import Server
 
 from stages import registry
 from stages.files import sha256_of_file
@@ -208,15 +206,6 @@ stages:
 """
     )
     return gguf, adapter
-
-
-@pytest.fixture(scope="module")
-def server(fresh_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("server")
-    shutil.copy(fresh_store, folder / "mlflow.db")
-    started = Server(folder)
-    yield started
-    started.kill()
 
 
 @pytest.fixture

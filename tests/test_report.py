@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from finished_run import METRICS, PARAMS, finding, questions_of, scoreboard, section, write_run, write_scores
+from finished_run import GATES, METRICS, PARAMS, finding, questions_of, scoreboard, section, write_run, write_scores
 
 from stages.pages import MAX_CHARACTERS, NOT_MEASURED
 from stages.program import BadInput, BadParams, LimitBroken
@@ -16,14 +16,6 @@ from stages.report import Params, duration, finding_rows, main, pick_samples, ru
 from stages.scoreboard import Interval
 from stages.verdict import Gates
 
-GATES = Gates(
-    min_recall_gain=0.0,
-    max_gguf_loss=0.03,
-    max_general_loss=0.05,
-    max_abstention_loss=0.75,  # three questions show no smaller loss
-    max_champion_loss=0.03,
-    min_questions=5,
-)
 HOSTILE = "Use | or <script>alert(1)</script> and `code`, *now*: @team #1\n![x](http://example.org/x.png)"
 
 

@@ -71,15 +71,6 @@ class Fault:
                 client.sendall(answer)
 
 
-@pytest.fixture(scope="module")
-def server(fresh_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("server")
-    shutil.copy(fresh_store, folder / "mlflow.db")
-    started = Server(folder)
-    yield started
-    started.kill()
-
-
 @pytest.fixture
 def fault(server: Server) -> Iterator[Fault]:
     started = Fault(server.port)

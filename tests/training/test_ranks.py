@@ -15,37 +15,15 @@ import psutil
 import pytest
 import yaml
 from conftest import CHAT
+from test_train import but
 
 from stages.params import Models, Tracking
 from stages.program import BadParams, LimitBroken
 from stages.records import Example, Message, write_records
-from stages.train import Params, main
+from stages.train import main
 from stages.training.ranks import RESTARTS
 
-TRAIN = Params(
-    engine="trl",
-    max_length=128,
-    load_in_4bit=False,
-    r=4,
-    lora_alpha=8,
-    lora_dropout=0.0,
-    target_modules=("q_proj", "down_proj"),
-    num_train_epochs=1,
-    max_steps=12,
-    warmup_steps=0,
-    learning_rate=0.01,
-    lr_scheduler_type="linear",
-    optim="adamw_torch",
-    weight_decay=0.0,
-    per_device_train_batch_size=4,
-    gradient_accumulation_steps=1,
-    processes=1,
-    logging_steps=1,
-    eval_steps=12,
-    save_steps=4,
-    early_stopping_patience=0,
-    seed=1,
-)
+TRAIN = but(max_steps=12, per_device_train_batch_size=4, eval_steps=12, save_steps=4)
 # the stage in fp32: what the file changes is changed in each process, for each reads it again
 STAGE = """
 import stages.train

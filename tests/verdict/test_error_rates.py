@@ -10,21 +10,14 @@ from collections.abc import Sequence
 
 import numpy
 import pytest
+from test_verdict import GATES
 
 from stages.evaluate import score_set
 from stages.records import Score
 from stages.scoreboard import Scoreboard
 from stages.scoring import Sampling
-from stages.verdict import Gates, champion_gate, judge
+from stages.verdict import champion_gate, judge
 
-GATES = Gates(
-    min_recall_gain=0.0,
-    max_gguf_loss=0.03,
-    max_general_loss=0.2,
-    max_abstention_loss=0.2,
-    max_champion_loss=0.05,
-    min_questions=30,
-)
 SAMPLING = Sampling(confidence=0.95, resamples=500, seed=1)
 SECTION, ITEM, GENERAL, QUANT = 0.12, 0.2, 0.278, 0.05  # standard deviations of differences in similarity
 MODELS = {"base": "b" * 64, "tuned": "7" * 64, "q8_0": "8" * 64}
