@@ -14,7 +14,7 @@ import msgspec
 from stages.files import sha256_of_file, write_json
 from stages.likeness import repeats
 from stages.models import load_embedder
-from stages.params import Models, Share
+from stages.params import Models
 from stages.program import BadInput, BadRecord, run, say
 from stages.records import Answer, Example, Question, Score, by_id, read_records, write_records
 from stages.scoreboard import (
@@ -28,15 +28,9 @@ from stages.scoreboard import (
     in_order,
     score_rows,
 )
-from stages.scoring import Sampling, compare, is_empty, means, score_answers
+from stages.scoring import Sampling, Scoring, compare, is_empty, means, score_answers
 
 PARTIAL = "oracle"  # sees the passage that holds the quote, so it answers only the questions that have one
-
-
-class Params(Sampling, frozen=True, forbid_unknown_fields=True):
-    """How intervals are drawn, and from which similarity on an answer can be right."""
-
-    pass_similarity: Share
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -159,7 +153,7 @@ def table(name: str, scores: SetScores) -> str:
 
 
 def main(
-    exam: Path, train: Path, answers: Path, asked: Path, scores: Path, metrics: Path, evaluate: Params, models: Models
+    exam: Path, train: Path, answers: Path, asked: Path, scores: Path, metrics: Path, evaluate: Scoring, models: Models
 ) -> None:
     questions = by_id(read_records(exam, Question))
     if not any(question.set == "recall" for question in questions.values()):

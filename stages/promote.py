@@ -20,7 +20,7 @@ from stages.files import sha256_of_file
 from stages.llm import Store, request_key
 from stages.models import load_embedder
 from stages.pages import read_figures
-from stages.params import Chat, Models, Share, Tracking
+from stages.params import Chat, Models, Tracking
 from stages.program import BadInput, BadModelFile, Busy, LimitBroken, run, say
 from stages.records import Answer, Question, Score, by_id, content_id, read_records
 from stages.registry import CHALLENGER, CHAMPION, PREVIOUS, aliases, change, changing, connected, mend, version_named, version_of
@@ -28,18 +28,12 @@ from stages.registry.answers import kept_answers, log_table, table_of
 from stages.registry.release import release_of
 from stages.release import SUMS_FILE, Release, gguf_name, plain_text, read_release
 from stages.scoreboard import Scoreboard, brief, in_order, read_scoreboard
-from stages.scoring import Sampling, score_answers
+from stages.scoring import Scoring, score_answers
 from stages.systems import Asking, ask_llama, requests_for
 from stages.tracking import experiment_of, folder_md5, git_commit
 from stages.verdict import Gate, Gates, Verdict, champion_gate, judge, outcome_of
 
 SCORED = ("export", "answer", "evaluate")  # the stages between an adapter and its scores
-
-
-class Scoring(Sampling, frozen=True, forbid_unknown_fields=True):
-    """The section `evaluate` of params.yaml: the champion is scored as the model was."""
-
-    pass_similarity: Share
 
 
 def verify_checksums(gguf: Path) -> dict[str, str]:

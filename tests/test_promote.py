@@ -21,13 +21,14 @@ from stages.llm import Reply, Store, request_key
 from stages.models import find_model
 from stages.params import Chat, Tracking
 from stages.program import BadInput, BadModelFile, Busy, LimitBroken
-from stages.promote import Scoring, champion_answers, main, md5_of, verify_checksums
+from stages.promote import champion_answers, main, md5_of, verify_checksums
 from stages.records import Answer, Question, Score, content_id, write_records
 from stages.registry import changing
 from stages.registry.answers import kept_answers
 from stages.registry.release import release_of
 from stages.release import Release, read_release, write_release
 from stages.scoreboard import Comparison, Interval, Scoreboard, SetScores, SystemScores
+from stages.scoring import Scoring
 from stages.systems import Asking, requests_for
 from stages.verdict import Gates
 

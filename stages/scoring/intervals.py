@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from stages.params import Count, Positive
+from stages.params import Count, Positive, Share
 from stages.program.errors import BadRecord
 from stages.records import Score
 from stages.scoreboard import MEASURES, Comparison, Interval
@@ -24,6 +24,12 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     confidence: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)]
     resamples: Positive
     seed: Count
+
+
+class Scoring(Sampling, frozen=True, forbid_unknown_fields=True):
+    """The section `evaluate` of params.yaml: how intervals are drawn, and from which similarity on an answer can be right."""
+
+    pass_similarity: Share
 
 
 def interval(values: Sequence[float], sections: Sequence[str], sampling: Sampling) -> Interval:
