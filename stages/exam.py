@@ -16,7 +16,7 @@ from stages.files import write_json
 from stages.general import read_general
 from stages.params import Count, Models, Share
 from stages.program import BadRecord, run, say
-from stages.records import MEND, Chunk, Question, Record, SetName, Text, content_id, read_records, write_records
+from stages.records import MEND, Chunk, Gold, Question, SetName, Text, content_id, read_records, write_records
 from stages.retrieval import searcher
 
 OUT_OF_SCOPE = Path(__file__).with_name("out_of_scope.yaml")
@@ -28,17 +28,6 @@ class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_general: Count
     max_out_of_scope: Count
     max_similarity: Share  # of an out-of-scope question and the chunk nearest to it
-
-
-class Gold(Record, frozen=True):
-    """A question that a person wrote, with its evidence. One of the kind `out_of_scope` needs none: the documentation does not cover it."""
-
-    question: Text
-    answer: Text
-    quote: str  # verbatim from a page, white space folded
-    path: str  # of that page
-    kind: Text
-    key_facts: tuple[str, ...] = ()
 
 
 def read_gold(path: Path) -> list[Gold]:

@@ -1,5 +1,6 @@
 """data/pairs.jsonl + data/rejected.jsonl -> data/review.jsonl: a page on which a person accepts, edits and rejects pairs, until Ctrl-C.
 
+The answers that users rated down, which `python -m stages.feedback` writes to data/feedback.jsonl, are edited and rejected there too.
 Each decision is on disk before the page says so, and the next `dvc repro` applies them. Costs a second to start, then attention.
 """
 
@@ -19,7 +20,7 @@ import msgspec
 
 from stages.evidence import locate
 from stages.program import BadRecord, DocsmithError, ServerFailed, run, say
-from stages.records import MEND, Chunk, Decision, Pair, Rejected, by_id, content_id, read_records, write_records
+from stages.records import MEND, Chunk, Complaint, Decision, Pair, Rejected, by_id, content_id, read_records, write_records
 
 PAGE = Path(__file__).with_name("review.html")
 BY_REVIEWER = "rejected-by-reviewer"  # a rule of validate_suite.yaml
@@ -39,14 +40,15 @@ class Paths(msgspec.Struct, frozen=True):
     pairs: Path
     rejected: Path
     decisions: Path
+    feedback: Path  # which need not be there
 
 
 class Row(msgspec.Struct, frozen=True):
-    """A pair or a rejected candidate, and the text that it was made from."""
+    """A pair, a rejected candidate or an answer that a user rated down, and the text that it was made from or is nearest to."""
 
-    id: str  # the candidate's
+    id: str  # the candidate's, or the answer's
     key: str  # hash(question, answer): the id of a decision about it, unless it shows an edit
-    stage: Literal["accepted", "rejected"]
+    stage: Literal["accepted", "rejected", "feedback"]
     chunk_id: str
     question: str
     answer: str
@@ -59,12 +61,13 @@ class Row(msgspec.Struct, frozen=True):
     start: int  # of the chunk in its document
     is_waivable: bool
     is_reviewed: bool  # in the last run of validate
+    told: str = ""  # what a user found wrong, and with which model
 
 
 class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the page asks to see; without any field, everything."""
 
-    stage: Literal["", "accepted", "rejected"] = ""
+    stage: Literal["", "accepted", "rejected", "feedback"] = ""
     review: Literal["", "decided", "undecided"] = ""
     rule: str = ""
     section: str = ""  # a part of path and headings, in any case
@@ -82,6 +85,7 @@ class Said(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: str  # of the row as the page showed it
     question: str = ""  # this and the next of an edit
     answer: str = ""
+    quote: str = ""  # the evidence of an edit that corrects what a user rated down
     note: str = ""
 
 
@@ -93,9 +97,11 @@ class Refused(Exception):
         self.status, self.row = status, row
 
 
-def rows_of(pairs: Iterable[Pair], rejected: Iterable[Rejected], chunks: Mapping[str, Chunk]) -> list[Row]:
+def rows_of(
+    pairs: Iterable[Pair], rejected: Iterable[Rejected], chunks: Mapping[str, Chunk], complaints: Iterable[Complaint] = ()
+) -> list[Row]:
     """A row for each record, in reading order, those on one quote together, best first."""
-    rows = []
+    rows = [row_of(complaint, chunks.get(complaint.chunk_id)) for complaint in complaints]
     records: list[Pair | Rejected] = [*pairs, *rejected]
     for record in records:
         chunk = chunks.get(record.chunk_id)
@@ -111,7 +117,7 @@ def rows_of(pairs: Iterable[Pair], rejected: Iterable[Rejected], chunks: Mapping
                 type=record.type,
                 similarity=record.similarity,
                 rules=record.flags if isinstance(record, Pair) else record.rules,
-                section=" › ".join([chunk.path, *chunk.heading_path]) if chunk else "",
+                section=section_of(chunk),
                 source=flowing(chunk) if chunk else "",
                 start=chunk.start if chunk else 0,
                 is_waivable=isinstance(record, Pair) or record.waivable,
@@ -119,6 +125,33 @@ def rows_of(pairs: Iterable[Pair], rejected: Iterable[Rejected], chunks: Mapping
             )
         )
     return sorted(rows, key=lambda row: (row.section.partition(" › ")[0], row.start, row.quote, -row.similarity, row.id))
+
+
+def row_of(complaint: Complaint, chunk: Chunk | None) -> Row:
+    where = "" if complaint.covered else " The documentation does not seem to cover the question."
+    said = f": {complaint.comment}" if complaint.comment else ", without a comment."
+    return Row(
+        id=complaint.id,
+        key=content_id(complaint.question, complaint.answer),
+        stage="feedback",
+        chunk_id=complaint.chunk_id,
+        question=complaint.question,
+        answer=complaint.answer,
+        quote=complaint.quote,
+        type="factual",
+        similarity=complaint.similarity,
+        rules=(),
+        section=section_of(chunk),
+        source=flowing(chunk) if chunk else "",
+        start=chunk.start if chunk else 0,
+        is_waivable=True,
+        is_reviewed=False,
+        told=f"A user of {complaint.model} rated this answer down on {complaint.said_at[:10]}{said}{where}",
+    )
+
+
+def section_of(chunk: Chunk | None) -> str:
+    return " › ".join([chunk.path, *chunk.heading_path]) if chunk else ""
 
 
 def flowing(chunk: Chunk) -> str:
@@ -132,6 +165,8 @@ def flowing(chunk: Chunk) -> str:
 
 def why_locked(row: Row, decision: Decision | None) -> str:
     """Why no decision can be made about `row`, in a sentence; "" where one can."""
+    if row.stage == "feedback" and not (row.question and row.answer):
+        return "No pair can be made of it: its user did not agree to have the question and the answer kept."
     if not row.is_waivable:
         return f"It stays rejected: a reviewer cannot waive what it broke ({', '.join(row.rules)})."
     if not row.question or not row.answer:
@@ -201,32 +236,45 @@ def version_of(row: Row, decision: Decision | None) -> str:
 
 def shown(row: Row, decision: Decision | None) -> dict[str, Any]:
     """`row` for the page, its source cut in three: before the quote, the quote, and after it."""
-    start, end = locate(row.quote, row.source) or (len(row.source), len(row.source))
-    kept = msgspec.structs.asdict(row)
+    quote = decision.quote if decision and row.stage == "feedback" else row.quote  # of a correction, its reviewer chose it
+    start, end = locate(quote, row.source) or (len(row.source), len(row.source))
+    kept = msgspec.structs.asdict(row) | {"quote": quote}
     edited = {"verdict": "", "edited_question": "", "edited_answer": "", "note": ""}
     return (
-        {name: kept[name] for name in ("id", "stage", "question", "answer", "quote", "type", "similarity", "rules", "section")}
+        {
+            name: kept[name]
+            for name in ("id", "stage", "question", "answer", "quote", "type", "similarity", "rules", "section", "told")
+        }
         | {"source": [row.source[:start], row.source[start:end], row.source[end:]], "version": version_of(row, decision)}
         | {"locked": why_locked(row, decision)}
         | (edited if decision is None else {name: getattr(decision, name) for name in ("question", "answer", *edited)})
     )
 
 
-def decided(row: Row, before: Decision | None, said: Said) -> Decision:
-    """The decision that `said` makes about `row`, in place of the one `before`. Raises Refused."""
+def decided(row: Row, before: Decision | None, said: Said, chunks: Sequence[Chunk]) -> Decision:
+    """The decision that `said` makes about `row`, in place of the one `before`; of a correction, `chunks` hold the quote. Raises Refused."""
     generated = before or row
     question, answer = said.question.strip(), said.answer.strip()
     if said.verdict == "edit" and not (question and answer):
         raise Refused(422, "An edit needs a question and an answer.")
     if said.verdict == "edit" and (question, answer) == (generated.question, generated.answer):
         raise Refused(422, "The edit changes nothing; accept the pair as it is.")
+    chunk_id, quote = row.chunk_id, row.quote
+    if row.stage == "feedback" and said.verdict == "accept":
+        raise Refused(422, "A user rated this answer down: edit it into the right one, or reject it.")
+    if row.stage == "feedback" and said.verdict == "edit":
+        quote = said.quote.strip()
+        holders = [chunk.id for chunk in chunks if locate(quote, chunk.text)]
+        if not holders:
+            raise Refused(422, "The evidence must stand in the documentation word for word; copy it from there.")
+        chunk_id = chunk_id if chunk_id in holders else holders[0]
     return Decision(
         id=content_id(generated.question, generated.answer),
         verdict=said.verdict,  # type: ignore[arg-type]
-        chunk_id=row.chunk_id,
+        chunk_id=chunk_id or "none",
         question=generated.question,
         answer=generated.answer,
-        quote=row.quote,
+        quote=quote,
         type=row.type,  # type: ignore[arg-type]
         edited_question=question if said.verdict == "edit" else "",
         edited_answer=answer if said.verdict == "edit" else "",
@@ -234,7 +282,7 @@ def decided(row: Row, before: Decision | None, said: Said) -> Decision:
     )
 
 
-def decide(path: Path, row: Row, said: Said) -> Decision | None:
+def decide(path: Path, row: Row, said: Said, chunks: Sequence[Chunk] = ()) -> Decision | None:
     """Writes what was said about `row` to the file of decisions, where all others stay; None after an undo. Raises Refused."""
     with only_writer_of(path):
         decisions = by_id(read_decisions(path))
@@ -245,7 +293,7 @@ def decide(path: Path, row: Row, said: Said) -> Decision | None:
             raise Refused(422, "There is no decision to undo.")
         if said.verdict != "undo" and (reason := why_locked(row, before)):
             raise Refused(422, reason)
-        now = None if said.verdict == "undo" else decided(row, before, said)
+        now = None if said.verdict == "undo" else decided(row, before, said, chunks)
         if before:
             del decisions[before.id]
         write_records(path, [*decisions.values(), *([now] if now else [])])
@@ -260,16 +308,20 @@ def only_writer_of(path: Path) -> Iterator[None]:
         yield
 
 
-def state_of(*paths: Path) -> tuple[tuple[int, int, int], ...]:
-    """Another value after each of the `paths` was replaced or written to. Raises FileNotFoundError."""
-    return tuple((found.st_mtime_ns, found.st_size, found.st_ino) for found in (path.stat() for path in paths))
+def state_of(paths: Paths) -> tuple[tuple[int, int, int], ...]:
+    """Another value after a file that rows are made of was replaced or written to. Raises FileNotFoundError."""
+    files = [paths.chunks, paths.pairs, paths.rejected, *([paths.feedback] if paths.feedback.exists() else [])]
+    return tuple((found.st_mtime_ns, found.st_size, found.st_ino) for found in (path.stat() for path in files))
 
 
 @functools.lru_cache(maxsize=1)
 def read_rows(paths: Paths, state: object) -> list[Row]:
     """The rows in the files; read again only in another `state`, which `dvc repro` brings about under an open page."""
     chunks = by_id(read_records(paths.chunks, Chunk))
-    return rows_of(read_records(paths.pairs, Pair), read_records(paths.rejected, Rejected), chunks)
+    complaints = (
+        read_records(paths.feedback, Complaint, "Rebuild it with: python -m stages.feedback") if paths.feedback.exists() else []
+    )
+    return rows_of(read_records(paths.pairs, Pair), read_records(paths.rejected, Rejected), chunks, complaints)
 
 
 def application(paths: Paths, host: str) -> Any:
@@ -280,7 +332,7 @@ def application(paths: Paths, host: str) -> Any:
     app = FastAPI(title="Docsmith", docs_url=None, redoc_url=None, openapi_url=None)
 
     def rows_now() -> list[Row]:
-        return read_rows(paths, state_of(paths.chunks, paths.pairs, paths.rejected))
+        return read_rows(paths, state_of(paths))
 
     @app.middleware("http")
     async def only_its_own_page(request: Request, call_next: Any) -> Response:
@@ -358,7 +410,8 @@ def application(paths: Paths, host: str) -> Any:
         row = next((row for row in rows if row.id == row_id), None)
         if row is None:
             raise Refused(404, "This pair is no longer there; reload the page.")
-        now = decide(paths.decisions, row, said)
+        chunks = read_records(paths.chunks, Chunk) if row.stage == "feedback" and said.verdict == "edit" else []
+        now = decide(paths.decisions, row, said, chunks)
         return JSONResponse({"row": shown(row, now), "counts": counts(rows, by_text(read_decisions(paths.decisions)))})
 
     return app
@@ -381,11 +434,12 @@ def main(
     pairs: Path = Path("data/pairs.jsonl"),
     rejected: Path = Path("data/rejected.jsonl"),
     decisions: Path = Path("data/review.jsonl"),
+    feedback: Path = Path("data/feedback.jsonl"),
 ) -> None:
     import uvicorn
 
-    paths = Paths(chunks, pairs, rejected, decisions)
-    left = counts(read_rows(paths, state_of(chunks, pairs, rejected)), by_text(read_decisions(decisions)))["undecided"]
+    paths = Paths(chunks, pairs, rejected, decisions, feedback)
+    left = counts(read_rows(paths, state_of(paths)), by_text(read_decisions(decisions)))["undecided"]
     with contextlib.suppress(KeyboardInterrupt), listen(review) as listener:
         host, port = listener.getsockname()[:2]
         say(f"review: http://{host}:{port} shows {left} undecided pairs and rows (Ctrl-C stops)")

@@ -8,11 +8,11 @@ import msgspec
 import pytest
 from conftest import MODELS
 
-from stages.exam import OUT_OF_SCOPE, Gold, Params, general_questions, gold_questions, main, read_gold, read_out_of_scope
+from stages.exam import OUT_OF_SCOPE, Params, general_questions, gold_questions, main, read_gold, read_out_of_scope
 from stages.general import read_general
 from stages.likeness import near_duplicates
 from stages.program import BadRecord
-from stages.records import Chunk, Question, SetName, content_id, read_records, write_records
+from stages.records import Chunk, Gold, Question, SetName, content_id, read_records, write_records
 
 EXAM = Params(gold="gold.jsonl", max_general=4, max_out_of_scope=5, max_similarity=0.6)
 CHANGES: dict[str, Any] = {"gold": "other.jsonl", "max_general": 2, "max_out_of_scope": 3, "max_similarity": 0.0}

@@ -262,6 +262,33 @@ class Passage(Record):
     trained: tuple[Trained, ...]
 
 
+class Complaint(Record):
+    """An answer that a user rated down, and the place to look. id = the answer's."""
+
+    said_at: Text  # UTC, as 2026-11-23T17:43:05Z
+    model: Text  # the version that answered
+    comment: str
+    question: str  # this and the answer are empty unless the user agreed to have them kept
+    answer: str
+    chunk_id: (
+        str  # what is nearest to the question, or to the comment where there is no question; this and the quote may be empty
+    )
+    quote: str
+    similarity: float
+    covered: bool  # False: nothing in the documentation was as near as serve.min_similarity
+
+
+class Gold(Record):
+    """A question that a person wrote, with its evidence. One of the kind `out_of_scope` needs none: the documentation does not cover it."""
+
+    question: Text
+    answer: Text
+    quote: str  # verbatim from a page, white space folded
+    path: str  # of that page
+    kind: Text
+    key_facts: tuple[str, ...] = ()
+
+
 class Answer(Record):
     """One system's answer. id = hash(question id, system). `text` may be empty: a model may say nothing."""
 
