@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo repro test lint types browser doctor review chat serve ui compare promote profile lock clean
+.PHONY: help setup demo repro test lint types browser doctor review feedback chat serve ui compare promote profile lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ doctor: $(READY)  ## what this machine can run, and which profile fits
 review: $(READY)  ## accept, edit and reject pairs on 127.0.0.1:5002
 	@python -m stages.review
 
+feedback: $(READY)  ## what users said of answers, for make review and as gold candidates
+	@python -m stages.feedback
+
 chat: $(READY)  ## talk to the model in the terminal
 	@python -m stages.chat
 
@@ -78,4 +81,4 @@ lock: $(READY)  ## pin the newest packages that fit together, for both profiles
 	$(UV_COMPILE) --extra gpu --extra dev --override requirements/leave-out-gpu.txt --python-platform x86_64-unknown-linux-gnu --output-file requirements/gpu.txt
 
 clean:  ## remove the virtual environment and what the stages wrote; what people wrote and DVC's cache stay
-	@git clean -ffdXq -- $(VENV) data models reports/data_docs
+	@git clean -ffdXq --exclude='!/data/feedback.sqlite*' -- $(VENV) data models reports/data_docs

@@ -1,4 +1,4 @@
-"""data/feedback.sqlite + models/gguf/sources.jsonl -> data/feedback.jsonl + data/gold_candidates.jsonl: what users said, for people to judge.
+"""data/feedback.sqlite + models/gguf -> data/feedback.jsonl + data/gold_candidates.jsonl: what users said, for people to judge.
 
 Answers rated down become items of the review page, each with the place in the documentation that is nearest to its question. Answers
 rated up become candidates for data/gold.jsonl, where their users agreed to have the texts kept. A person moves those that are right:
@@ -12,12 +12,10 @@ from pathlib import Path
 from stages.evidence import key_facts, words
 from stages.params import Models
 from stages.program import run, say
-from stages.records import MEND, Complaint, Gold, Passage, content_id, read_records, write_records
+from stages.records import MEND, Complaint, Gold, content_id, read_records, write_records
 from stages.serving.feedback import Feedback, Rated
 from stages.serving.settings import Serve
-from stages.serving.sources import Found, Sources
-
-ADVICE = "Rebuild it with: dvc repro export"
+from stages.serving.sources import Found, Sources, read_passages
 
 
 def complaint_of(rated: Rated, find: Callable[[str], Found]) -> Complaint | None:
@@ -71,7 +69,7 @@ def main(
     models: Models,
     serve: Serve,
     feedback: Path = Path("data/feedback.sqlite"),
-    sources: Path = Path("models/gguf/sources.jsonl"),
+    release: Path = Path("models/gguf"),
     store: Path = Path("data/store"),
     gold: Path = Path("data/gold.jsonl"),
     items: Path = Path("data/feedback.jsonl"),
@@ -81,10 +79,11 @@ def main(
         say(f"feedback: {feedback} is not there, so no answer has been rated yet")
         return
     ratings = Feedback(feedback).all()
-    documentation = Sources(read_records(sources, Passage, ADVICE), models.embedder, store)
+    documentation = Sources(read_passages(release), models.embedder, store)
 
     def find(text: str) -> Found:
-        return documentation.find(text, serve.min_similarity)
+        found = documentation.find(text, -1.0)  # what is nearest helps a reviewer also where it is not near
+        return Found(found.sources, any(source.similarity >= serve.min_similarity for source in found.sources))
 
     down = [one for one in ratings if one.rating == "down"]
     complaints = [item for one in down if (item := complaint_of(one, find))]

@@ -128,8 +128,9 @@ def rows_of(
 
 
 def row_of(complaint: Complaint, chunk: Chunk | None) -> Row:
-    where = "" if complaint.covered else " The documentation does not seem to cover the question."
-    said = f": {complaint.comment}" if complaint.comment else ", without a comment."
+    told = [f"A user of {complaint.model} rated this answer down on {complaint.said_at[:10]}."]
+    told += [] if complaint.covered else ["The documentation does not seem to cover the question."]
+    told += [f"The user says: {complaint.comment}"] if complaint.comment else []
     return Row(
         id=complaint.id,
         key=content_id(complaint.question, complaint.answer),
@@ -146,7 +147,7 @@ def row_of(complaint: Complaint, chunk: Chunk | None) -> Row:
         start=chunk.start if chunk else 0,
         is_waivable=True,
         is_reviewed=False,
-        told=f"A user of {complaint.model} rated this answer down on {complaint.said_at[:10]}{said}{where}",
+        told=" ".join(told),
     )
 
 

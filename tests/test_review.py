@@ -12,10 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
+from contrasts import CONTRASTS
 from playwright.sync_api import Browser, Dialog, Page, expect
 
+from stages.decisions import with_decisions
 from stages.program import BadRecord
-from stages.records import Chunk, Decision, Pair, Rejected, content_id, evolve, read_records, write_records
+from stages.records import Chunk, Complaint, Decision, Pair, Rejected, content_id, evolve, read_records, write_records
 from stages.review import (
     MAX_BODY_BYTES,
     Refused,
@@ -112,6 +114,19 @@ FAR = rejected(
 SECRET = rejected(
     PORTS, "Key?", "The key is [aws access key removed].", "gone", 0.4, ("question-too-short", "holds-secret"), False
 )
+WRONG = Complaint(
+    id="a1",
+    said_at="2026-11-23T10:00:00Z",
+    model="docsmith/3",
+    comment=f"It is 5000. {MARKUP}",
+    question="Which port is it on?",
+    answer="Port 1.",
+    chunk_id="c2",
+    quote=PORT_QUOTE,
+    similarity=0.7,
+    covered=True,
+)
+UNSAID = evolve(WRONG, id="a2", comment="no", question="", answer="", covered=False)
 ROWS = rows_of([SETUP, PORT, HOSTILE], [FAR, SECRET], {"c1": INSTALL, "c2": PORTS})
 ROW = {row.id: row for row in ROWS}
 
@@ -270,6 +285,68 @@ def test_a_damaged_or_doubled_decision_is_refused_with_its_place_and_stays(tmp_p
         decide(path, ROW[PORT.id], said(PORT, "accept"))
 
 
+# ---- what users rated down
+
+
+def test_an_answer_that_a_user_rated_down_stands_beside_the_place_nearest_to_it() -> None:
+    wrong, unsaid = rows_of([], [], {"c2": PORTS}, [WRONG, UNSAID])
+    seen = shown(wrong, None)
+    assert (seen["stage"], seen["question"], seen["answer"], seen["source"][1], seen["locked"]) == (
+        "feedback",
+        "Which port is it on?",
+        "Port 1.",
+        PORT_QUOTE,
+        "",
+    )
+    assert seen["told"] == f"A user of docsmith/3 rated this answer down on 2026-11-23. The user says: It is 5000. {MARKUP}"
+    assert shown(unsaid, None)["told"].endswith(". The documentation does not seem to cover the question. The user says: no")
+    assert shown(unsaid, None)["locked"].startswith("No pair can be made of it: its user did not agree")
+    assert [is_wanted(row, None, Wanted(stage="feedback", review="undecided")) for row in (wrong, unsaid)] == [True, False]
+    assert not is_wanted(ROW[PORT.id], None, Wanted(stage="feedback"))
+
+
+def test_a_correction_becomes_a_candidate_of_the_next_run_with_the_evidence_its_reviewer_gave(tmp_path: Path) -> None:
+    path = tmp_path / "review.jsonl"
+    (row,) = rows_of([], [], {"c2": PORTS}, [WRONG])
+    right = Said("edit", version_of(row, None), "Which port is it on?", "It runs in a pipeline.", "Docsmith is\na pipeline.")
+    now = decide(path, row, right, [INSTALL, PORTS])
+    assert now is not None and (now.chunk_id, now.quote, now.question, now.answer) == (
+        "c1",
+        "Docsmith is\na pipeline.",
+        WRONG.question,
+        WRONG.answer,
+    )
+    assert shown(row, now)["quote"] == now.quote
+    reviewed = with_decisions([], read_decisions(path), {"c1": INSTALL, "c2": PORTS})
+    (candidate,) = reviewed.candidates
+    assert (candidate.chunk_id, candidate.answer, candidate.id in reviewed.accepted) == ("c1", "It runs in a pipeline.", True)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "quote", "line"),
+    [
+        ("accept", PORT_QUOTE, "rated this answer down: edit it into the right one, or reject it"),
+        ("edit", "The server listens on port 1.", "must stand in the documentation word for word"),
+        ("edit", " ", "must stand in the documentation word for word"),
+    ],
+)
+def test_a_wrong_answer_is_not_accepted_and_a_correction_needs_evidence(
+    tmp_path: Path, verdict: Any, quote: str, line: str
+) -> None:
+    (row,) = rows_of([], [], {"c2": PORTS}, [WRONG])
+    with pytest.raises(Refused, match=line):
+        decide(tmp_path / "review.jsonl", row, Said(verdict, version_of(row, None), "Which?", "5000.", quote), [INSTALL, PORTS])
+    assert not (tmp_path / "review.jsonl").exists()
+
+
+def test_a_rejected_answer_trains_nothing_also_where_no_place_was_found(tmp_path: Path) -> None:
+    path = tmp_path / "review.jsonl"
+    (row,) = rows_of([], [], {}, [evolve(WRONG, chunk_id="", quote="")])
+    decide(path, row, Said("reject", version_of(row, None)))
+    assert [one.verdict for one in read_decisions(path)] == ["reject"]
+    assert with_decisions([], read_decisions(path), {"c2": PORTS}).candidates == []
+
+
 # ---- the server
 
 
@@ -308,6 +385,7 @@ def project(running: tuple[Path, str]) -> Path:
     """The folder of the running server, as it was at first."""
     write_project(running[0])
     (running[0] / "data/review.jsonl").unlink(missing_ok=True)
+    (running[0] / "data/feedback.jsonl").unlink(missing_ok=True)
     return running[0]
 
 
@@ -503,7 +581,7 @@ def lines(page: Page) -> Any:
     return page.locator("#rows li")
 
 
-def choose(page: Page, record: Pair | Rejected) -> None:
+def choose(page: Page, record: Pair | Rejected | Complaint) -> None:
     lines(page).filter(has_text=record.question).get_by_role("button").click()
     expect(page.locator("#question")).to_have_text(record.question)
 
@@ -595,6 +673,31 @@ def test_a_filter_narrows_the_list_and_is_there_after_a_reload(
     page.reload()
     expect(field).to_have_value(value)
     expect(lines(page).locator("b")).to_have_text(texts)
+
+
+def test_what_a_user_rated_down_is_corrected_with_evidence(page: Page, project: Path) -> None:
+    write_records(project / "data/feedback.jsonl", [WRONG, UNSAID])
+    page.get_by_role("combobox", name="Rules say").select_option("feedback")
+    expect(lines(page)).to_have_count(2)
+    choose(page, WRONG)
+    expect(page.locator("#told")).to_have_text(rows_of([], [], {}, [WRONG])[0].told)
+    expect(page.locator("mark")).to_have_text(PORT_QUOTE)
+    expect(action(page, "Accept")).to_be_hidden()
+    page.keyboard.press("a")
+    action(page, "Edit").click()
+    page.get_by_role("textbox", name="Answer").fill("It is on port 5000.")
+    page.get_by_role("textbox", name="Evidence").fill("The server listens on port 1.")
+    page.keyboard.press("Control+Enter")
+    expect(page.get_by_role("alert")).to_contain_text("word for word")
+    page.get_by_role("textbox", name="Evidence").fill(PORT_QUOTE)
+    page.keyboard.press("Control+Enter")
+    expect(said_by(page)).to_have_text("Saved: edited: Which port is it on?")
+    (decision,) = read_decisions(project / "data/review.jsonl")
+    assert (decision.edited_answer, decision.quote, decision.chunk_id) == ("It is on port 5000.", PORT_QUOTE, "c2")
+    page.get_by_role("combobox", name="Rules say").select_option("")
+    choose(page, SETUP)
+    page.keyboard.press("e")
+    expect(page.get_by_role("textbox", name="Evidence")).to_be_hidden()
 
 
 def test_the_page_opens_on_what_is_undecided(page: Page, address: str) -> None:
@@ -769,26 +872,6 @@ def test_nothing_is_cut_off_and_texts_stand_out_from_their_ground(
         if width == 400:
             action(page, "Accept").click()
             expect(said_by(page)).to_have_text(f"Saved: accepted: {HOSTILE.question}")
-
-
-# text -> contrast to the first ground behind it that is not transparent, by the formula of WCAG 2.2 (relative luminance)
-CONTRASTS = """() => {
-  const parts = colour => colour.match(/[\\d.]+/g).map(Number);
-  const light = colour => {
-    const [r, g, b] = parts(colour).map(part => part / 255).map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const found = {};
-  for (const element of document.querySelectorAll("body *")) {
-    const text = [...element.childNodes].filter(node => node.nodeType === 3).map(node => node.data.trim()).join("");
-    if (!text || !element.checkVisibility() || element.closest("script, option, kbd")) continue;
-    let ground = element;
-    while (parts(getComputedStyle(ground).backgroundColor)[3] === 0) ground = ground.parentElement;
-    const [low, high] = [light(getComputedStyle(element).color), light(getComputedStyle(ground).backgroundColor)].sort((a, b) => a - b);
-    found[text] = (high + 0.05) / (low + 0.05);
-  }
-  return found;
-}"""
 
 
 def test_every_field_and_button_has_a_name_and_changes_are_announced(page: Page) -> None:
