@@ -1,28 +1,42 @@
-"""models/gguf -> a conversation in the terminal. /quit or Ctrl-D leaves; questions may also be piped in, one a line.
+"""models/gguf -> a conversation in the terminal, with the sources of each answer. /sources 1 shows the first source, /quit or Ctrl-D leaves.
 
-Costs the memory of the GGUF file and of one context. The oldest turns are forgotten when the context is full.
+Questions may also be piped in, one a line. Costs the memory of the GGUF file, of one context and of the embedder. The oldest turns are
+forgotten when the context is full.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from stages.chats import with_system
 from stages.llm.endpoint import Endpoint
-from stages.params import Chat
+from stages.params import Chat, Models
 from stages.program import ServerFailed, run, say
 from stages.records import Message
 from stages.release import REQUEST_S, Release, ask, plain_text, running_release
+from stages.serving.settings import Serve
+from stages.serving.sources import Found, Source, Sources, read_passages
 
 
-def main(chat: Chat, gguf: Path = Path("models/gguf")) -> None:
+def main(serve: Serve, chat: Chat, models: Models, gguf: Path = Path("models/gguf"), store: Path = Path("data/store")) -> None:
     turns: list[Message] = []
+    found = Found((), covered=True)
     try:
-        with running_release(gguf, chat, parallel=1) as (release, endpoint):
+        with running_release(gguf, chat, parallel=1) as (release, endpoint), ThreadPoolExecutor(1) as loading:
+            # in a thread: the embedder takes seconds to load, and so does a person to type
+            sources = loading.submit(Sources, read_passages(gguf), models.embedder, store)
             for question in questions():
-                turns.append(Message(role="user", content=plain_text(question, release.control_tokens)))
+                if question.startswith("/sources"):
+                    print(printable(shown(question, found.sources, sources.result())))
+                    continue
+                asked = question
+                if serve.passages:
+                    asked = sources.result().prompt(question, serve.passages, partial(has_room, release, endpoint, chat))
+                turns.append(Message(role="user", content=plain_text(asked, release.control_tokens)))
                 turns = last_turns(turns, release, endpoint, chat)
                 if not turns:
                     say(f"chat: the question is longer than the context of {chat.context_tokens} tokens; ask a shorter one")
@@ -31,11 +45,37 @@ def main(chat: Chat, gguf: Path = Path("models/gguf")) -> None:
                 for piece in stream_answer(turns, release, endpoint, chat):
                     answer += piece
                     print(printable(piece), end="", flush=True)
-                print(flush=True)
-                # what was said stays in the conversation; silence would leave two questions in a row
-                turns = [*turns, Message(role="assistant", content=answer)] if answer else turns[:-1]
+                found = sources.result().find(question, serve.min_similarity)
+                print("", *map(printable, lines_of(found)), sep="\n", flush=True)
+                # what was said stays in the conversation, without its passages; silence would leave two questions in a row
+                said = Message(role="user", content=plain_text(question, release.control_tokens))
+                turns = [*turns[:-1], said, Message(role="assistant", content=answer)] if answer else turns[:-1]
     except KeyboardInterrupt:
         print()
+
+
+def has_room(release: Release, endpoint: Endpoint, chat: Chat, text: str) -> bool:
+    """Whether the question `text` leaves room for an answer in an empty conversation. Raises ServerFailed."""
+    return fits([Message(role="user", content=plain_text(text, release.control_tokens))], release, endpoint, chat)
+
+
+def lines_of(found: Found) -> list[str]:
+    """What stands below an answer: a line for each source, as "[1] serving.md > Serving (0.83)", or that there is none."""
+    if not found.covered:
+        return ["the documentation does not seem to cover this"]
+    return [
+        f"[{number}] {' > '.join((source.path, *source.heading_path))} ({source.similarity:.2f})"
+        for number, source in enumerate(found.sources, start=1)
+    ]
+
+
+def shown(command: str, listed: Sequence[Source], sources: Sources) -> str:
+    """The passage behind the source that `command`, as "/sources 2", names, or which ones there are."""
+    number = command.removeprefix("/sources").strip()
+    if number not in map(str, range(1, len(listed) + 1)):
+        return f"there are the sources 1 to {len(listed)}, as in: /sources 1" if listed else "the last answer has no sources"
+    passage = sources.passage(listed[int(number) - 1].passage_id)
+    return passage.text.strip() if passage else ""
 
 
 def questions() -> Iterator[str]:
@@ -57,13 +97,16 @@ def questions() -> Iterator[str]:
 
 def last_turns(turns: list[Message], release: Release, endpoint: Endpoint, chat: Chat) -> list[Message]:
     """The newest of `turns`, from a question on, that leave room for an answer; [] when the last question alone does not."""
-    while turns:
-        rendered = ask(endpoint, "/apply-template", {"messages": with_system(release.system_prompt, turns)})["prompt"]
-        tokens = ask(endpoint, "/tokenize", {"content": rendered, "add_special": True, "parse_special": True})["tokens"]
-        if len(tokens) + chat.max_new_tokens <= chat.context_tokens:
-            return turns
+    while turns and not fits(turns, release, endpoint, chat):
         turns = turns[2:]
-    return []
+    return turns
+
+
+def fits(turns: Sequence[Message], release: Release, endpoint: Endpoint, chat: Chat) -> bool:
+    """Whether `turns` leave room for an answer. Raises ServerFailed."""
+    rendered = ask(endpoint, "/apply-template", {"messages": with_system(release.system_prompt, turns)})["prompt"]
+    tokens = ask(endpoint, "/tokenize", {"content": rendered, "add_special": True, "parse_special": True})["tokens"]
+    return len(tokens) + chat.max_new_tokens <= chat.context_tokens
 
 
 def stream_answer(turns: list[Message], release: Release, endpoint: Endpoint, chat: Chat) -> Iterator[str]:

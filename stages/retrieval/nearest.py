@@ -27,23 +27,29 @@ def searcher(chunks: Sequence[Chunk], reference: str, store: Path) -> Callable[[
     The search is exact. Chunks that are equally near come by id, so their order in `chunks` changes nothing. Fewer chunks than
     `top_k` all come. The embeddings of `chunks` are computed once and kept in `store`; the embedder loads when it is first needed.
     """
-    import numpy as np
-
     chunks = sorted(chunks, key=lambda chunk: chunk.id)
     embed = embedding(reference)
-    vectors = _kept_vectors([searched(chunk) for chunk in chunks], reference, embed, store)
+    vectors = kept_vectors([searched(chunk) for chunk in chunks], reference, embed, store)
 
     def search(questions: Sequence[str], top_k: int) -> list[list[Hit]]:
         if not questions or not chunks:
             return [[] for _ in questions]
-        # a product is rounded in other ways in a larger batch: equal chunks must stay equal
-        cosines = (embed(questions) @ vectors.T).astype(np.float64).round(5)
-        order = np.argsort(-cosines, axis=1, kind="stable")[:, :top_k]
         return [
-            [Hit(chunks[place].id, float(row[place])) for place in places] for row, places in zip(cosines, order, strict=True)
+            [Hit(chunks[place].id, cosine) for place, cosine in found]
+            for found in nearest_places(embed(questions), vectors, top_k)
         ]
 
     return search
+
+
+def nearest_places(questions: "np.ndarray", vectors: "np.ndarray", top_k: int) -> list[list[tuple[int, float]]]:
+    """For each of `questions` (m, d), the places and cosines of the `top_k` nearest of `vectors` (n, d), n > 0; the first of equals first."""
+    import numpy as np
+
+    # a product is rounded in other ways in a larger batch: equal chunks must stay equal
+    cosines = (questions @ vectors.T).astype(np.float64).round(5)
+    order = np.argsort(-cosines, axis=1, kind="stable")[:, :top_k]
+    return [[(int(place), float(row[place])) for place in places] for row, places in zip(cosines, order, strict=True)]
 
 
 def searched(chunk: Chunk) -> str:
@@ -51,11 +57,11 @@ def searched(chunk: Chunk) -> str:
     return f"{chunk.topic()}\n\n{chunk.text}"
 
 
-def _kept_vectors(texts: Sequence[str], reference: str, embed: Embed, store: Path) -> "np.ndarray":
-    """The embeddings (n, d) of `texts`, from <store>/chunks-<hash of texts and embedder>.npy where they were computed before."""
+def kept_vectors(texts: Sequence[str], reference: str, embed: Embed, store: Path) -> "np.ndarray":
+    """The embeddings (n, d) of `texts`, from <store>/vectors-<hash of texts and embedder>.npy where they were computed before."""
     import numpy as np
 
-    path = store / f"chunks-{content_id(model_sha256(reference), texts)}.npy"
+    path = store / f"vectors-{content_id(model_sha256(reference), texts)}.npy"
     try:
         kept = np.load(path, allow_pickle=False)
         if kept.ndim == 2 and len(kept) == len(texts):
