@@ -132,7 +132,10 @@ def test_ratings_become_items_and_candidates_and_the_same_ones_give_the_same_fil
         "(1 more without a word), 1 in data/gold_candidates.jsonl to be read and moved to data/gold.jsonl\n"
     )
     items = read_records(Path("data/feedback.jsonl"), Complaint)
-    assert [(one.id, one.chunk_id, one.quote, one.covered) for one in items[:2]] == [("a1", "c1", PORT, True), ("a2", "c2", CHUNK, True)]
+    assert [(one.id, one.chunk_id, one.quote, one.covered) for one in items[:2]] == [
+        ("a1", "c1", PORT, True),
+        ("a2", "c2", CHUNK, True),
+    ]
     assert (items[2].id, items[2].covered, items[2].chunk_id != "") == ("a7", False, True)  # a gap in the documentation
     (candidate,) = read_gold(Path("data/gold_candidates.jsonl"))
     assert (candidate.question, candidate.answer, candidate.quote, candidate.path) == (

@@ -349,27 +349,31 @@ def test_markdown_is_rendered(page: Page) -> None:
     assert {link.get_attribute("rel") for link in links.all()} == {"noopener noreferrer"}
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("a\\*b\\* **c*", "a*b* **c*"),
-        ("snake_case and __init__ and 2 * 3 * 4", "snake_case and __init__ and 2 * 3 * 4"),
-        ("``a ` b`` `", "a ` b `"),
-        ("> " * 300 + "deep", None),
-        ("- " * 300 + "deep", None),
-        ("[" * 5000 + "](" * 5000, None),
-        ("a" + "`" * 20000 + "*" * 20000, None),
-        ("1. a\n\n   b\n\n2. c\n\nd", None),
-        ("~~~\nopen", "open"),
-    ],
-)
-def test_odd_markdown_ends_as_text_at_once(page: Page, text: str, shown: str | None) -> None:
-    took_ms, found = page.evaluate(
-        "text => { const from = performance.now(), made = markdown(text); return [performance.now() - from, made.textContent]; }",
-        text,
+def test_odd_markdown_ends_as_text_at_once(page: Page) -> None:
+    shown = {
+        "a\\*b\\* **c*": "a*b* **c*",
+        "snake_case and __init__ and 2 * 3 * 4": "snake_case and __init__ and 2 * 3 * 4",
+        "``a ` b`` `": "a ` b `",
+        "on port\n5000. Then": "on port\n5000. Then",
+        "1. a\n\n   b\n\n2. c\n\nd": "abcd",
+        "~~~\nopen": "openCopy",
+        "> " * 9 + "deep": "> " * 5 + "deep",
+    }
+    rendered = page.evaluate("texts => texts.map(text => markdown(text).textContent)", list(shown))
+    assert rendered == list(shown.values())
+    long = [
+        "> " * 3000,
+        "- " * 3000,
+        "[" * 5000 + "](" * 5000,
+        "a" + "`" * 20000 + "*" * 20000,
+        "a" + "` ``" * 5000,
+        "a" + "** *" * 5000,
+    ]
+    took_ms = page.evaluate(
+        "texts => { const from = performance.now(); texts.map(one => markdown(one + 'x')); return performance.now() - from; }",
+        long,
     )
-    assert took_ms < 1000
-    assert found.removesuffix("Copy") == (shown or found.removesuffix("Copy")) != ""
+    assert took_ms < 3000
 
 
 def test_markup_in_an_answer_is_seen_as_text_and_only_web_links_are_links(page: Page) -> None:
@@ -406,7 +410,7 @@ def test_sources_are_labelled_and_open_their_paragraph_with_the_quote_marked(pag
     expect(sources.last).to_contain_text("Retrieved sectionloosely related to your question (0.47)")
     sources.first.click()
     dialog = page.get_by_role("dialog", name="Serving › The HTTP server")
-    expect(dialog.locator("mark")).to_have_text(QUOTE)
+    expect(dialog.locator("p mark")).to_have_text(QUOTE)
     expect(dialog.locator("p code")).to_have_text("serve.port")
     expect(dialog.locator("mark")).to_be_in_viewport()
     expect(dialog).to_contain_text(HOSTILE)  # the rest of the paragraph, as text
@@ -500,16 +504,9 @@ def test_a_rating_that_cannot_be_saved_is_told_and_not_shown_as_given(page: Page
 # ---- faults
 
 
-@pytest.mark.parametrize(
-    ("question", "line"),
-    [
-        ("many?", "You have asked many questions in a short time."),
-        ("busy?", "The server is busy, or its model is being restarted."),
-    ],
-)
-def test_a_busy_server_is_asked_again_after_the_time_it_names(page: Page, canned: Canned, question: str, line: str) -> None:
-    answer = ask(page, question)
-    expect(alert(answer)).to_have_text(line)
+def test_a_busy_server_is_asked_again_after_the_time_it_names(page: Page, canned: Canned) -> None:
+    answer = ask(page, "many?")
+    expect(alert(answer)).to_have_text("You have asked many questions in a short time.")
     again = answer.get_by_role("button", name="Try again")
     expect(again).to_be_disabled()
     expect(again).to_have_text(re.compile("Try again in [12] s"))
@@ -518,24 +515,23 @@ def test_a_busy_server_is_asked_again_after_the_time_it_names(page: Page, canned
     again.click()
     expect(answer.locator(".text")).to_have_text("It listens on port 5000.")
     expect(alert(answer)).to_be_hidden()
-    assert [one["question"] for one in canned.asked] == [question, question]
+    assert [one["question"] for one in canned.asked] == ["many?", "many?"]
     assert canned.asked[1]["history"] == []
 
 
-@pytest.mark.parametrize(
-    ("question", "line", "can_retry"),
-    [
+def test_each_fault_is_told_in_words_and_the_next_question_goes_on(page: Page, canned: Canned) -> None:
+    for question, line, can_retry in (
+        ("busy?", "The server is busy, or its model is being restarted.", True),
         ("long?", "This question is too long for the model. Ask it more briefly.", False),
         ("fails?", "The server failed (status 500).", True),
         ("odd?", "The server refused this (status 422): words of the server", True),
         ("ends?", "The connection broke before the answer was complete.", True),
-    ],
-)
-def test_a_fault_is_told_in_words_and_the_next_question_goes_on(page: Page, question: str, line: str, can_retry: bool) -> None:
-    answer = ask(page, question)
-    expect(alert(answer)).to_have_text(line)
-    expect(answer.get_by_role("button", name="Try again")).to_be_visible(visible=can_retry)
+    ):
+        answer = ask(page, question)
+        expect(alert(answer)).to_have_text(line)
+        expect(answer.get_by_role("button", name="Try again")).to_be_visible(visible=can_retry)
     expect(answered(page, "port?").locator(".text")).to_have_text("It listens on port 5000.")
+    assert [one["content"] for one in canned.asked[-1]["history"]] == ["ends?", "It begins"]
 
 
 def test_an_engine_that_fails_in_mid_answer_leaves_what_it_said_and_can_be_asked_again(page: Page, canned: Canned) -> None:
