@@ -425,6 +425,14 @@ def test_sources_are_labelled_and_open_their_paragraph_with_the_quote_marked(pag
     assert page.locator("img").count() == 0
 
 
+def test_sources_do_not_push_the_beginning_of_their_answer_out_of_sight(page: Page) -> None:
+    page.set_viewport_size({"width": 360, "height": 500})
+    answered(page, "port?")
+    answered(page, "port?")
+    expect(page.locator(".asked").last).to_be_in_viewport(ratio=1)
+    expect(page.locator("article").last.get_by_role("button", name="The HTTP server").first).to_be_in_viewport()
+
+
 def test_of_a_quote_that_stands_twice_the_place_that_is_meant_is_marked(page: Page) -> None:
     marked = """([text, quote, share]) => {
         const made = element("div", markdown(text));
@@ -683,6 +691,8 @@ def test_nothing_is_cut_off_and_texts_stand_out_from_their_ground(
         page.locator(".sources li button").first.click()
         expect(page.locator("mark")).to_be_in_viewport()
         expect(page.get_by_role("button", name="Close", exact=True)).to_be_in_viewport(ratio=1)
+        widths = page.locator("#paragraph").evaluate("one => [...one.children].map(part => part.clientWidth / one.clientWidth)")
+        assert min(widths) > 0.8 and max(widths) <= 1  # paragraphs below each other, none beside another
         contrasts |= page.evaluate(CONTRASTS)
         assert len(contrasts) > 40
         assert {text: ratio for text, ratio in contrasts.items() if ratio < 4.5} == {}  # WCAG 2.2, 1.4.3
