@@ -89,8 +89,8 @@ def main(
     complaints = [item for one in down if (item := complaint_of(one, find))]
     write_records(items, complaints)
     known = {words(one.question) for one in read_records(gold, Gold, MEND)} if gold.exists() else set()
-    liked = [item for one in ratings if one.rating == "up" and (item := gold_of(one, find))]
-    candidates = {item.id: item for item in liked if words(item.question) not in known}  # two users may like one answer
+    liked = [one for rated in ratings if rated.rating == "up" and (one := gold_of(rated, find))]
+    candidates = {one.id: one for one in liked if words(one.question) not in known}  # two users may like one answer
     write_records(gold_candidates, candidates.values())
     silent = len(down) - len(complaints)
     say(

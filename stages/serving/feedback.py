@@ -62,8 +62,8 @@ class Feedback:
         Secrets in the texts are replaced by a mark.
         """
         said_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        texts = [_safe(comment, MAX_COMMENT)]
-        texts += [None if text is None else _safe(text, most) for text, most in ((question, MAX_QUESTION), (answer, MAX_ANSWER))]
+        bounded = ((comment, MAX_COMMENT), (question, MAX_QUESTION), (answer, MAX_ANSWER))
+        texts = [None if text is None else _safe(text, most) for text, most in bounded]
         with self._open() as database:
             database.execute("PRAGMA secure_delete=ON")  # a text that was taken back is overwritten
             database.execute(
