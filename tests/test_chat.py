@@ -1,3 +1,4 @@
+import contextlib
 import os
 import pty
 import shutil
@@ -109,8 +110,13 @@ def test_a_terminal_gets_a_prompt_and_ctrl_d_leaves(project: Path) -> None:
     said = b""
     while not said.endswith(b"you> "):
         said += os.read(ours, 100)
+    assert said == b"you> "
     os.write(ours, b"\x04")
     assert process.wait(timeout=60) == 0
+    with contextlib.suppress(OSError):  # EIO: nobody holds the other end any more
+        while more := os.read(ours, 1000):
+            said += more
+    assert said.split() == [b"you>"]
     os.close(ours)
 
 

@@ -61,11 +61,13 @@ class Sources:
         if not passages:
             return
         import torch
+        from transformers.utils.logging import disable_progress_bar
 
         from stages.models import load_embedder
 
         # torch's threads spin while they wait, as llama.cpp's do: beside it, a search with two of them took 20 times as long
         torch.set_num_threads(1)
+        disable_progress_bar()  # it would run through what a person types in the chat
         model = load_embedder(embedder)
         self._embed: Callable[[Sequence[str]], Any] = lambda texts: model.encode(list(texts), normalize_embeddings=True)
         self._searching = threading.Lock()  # a tokenizer may be used by one thread at a time
