@@ -138,7 +138,7 @@ def test_the_losses_and_gradients_of_p7_differ_by_less_than_the_target_and_a_wro
     assert min(one["gradients"] for one in differences(tiny_folder, train, rows, tmp_path)) > 1e-4
 
 
-PIECES, PIECE_S = 5, 0.02
+PIECES, PIECE_S = 4, 0.1
 
 
 @contextlib.contextmanager
@@ -216,13 +216,13 @@ def test_under_overload_a_server_that_sends_questions_away_keeps_its_pace_and_a_
 ):
     questions = itertools.repeat("Why?")
     with answering(parallel=2, most=8) as side:
-        began, ended, said = asyncio.run(serving.at_once(side, questions, seconds=1))
+        began, ended, said = asyncio.run(serving.at_once(side, questions, seconds=2))
         capacity = serving.rate(began, ended, said)
-        assert 0.5 * 2 / PIECE_S < capacity <= 2 / PIECE_S * 1.1
-        began, ended, said = asyncio.run(serving.overload(side, questions, 4 * capacity / PIECES, 1))
-    assert len(said) == int(4 * capacity / PIECES)
+        assert 0.5 * 2 / PIECE_S < capacity <= 1.1 * 2 / PIECE_S
+        began, ended, said = asyncio.run(serving.overload(side, questions, 4 * capacity / PIECES, 2))
+    assert len(said) == int(8 * capacity / PIECES)
     assert {(one.is_whole(), one.is_refused()) for one in said} == {(True, False), (False, True)}
-    assert 0.7 < serving.rate(began, ended, said) / capacity < 1.3
+    assert 0.6 < serving.rate(began, ended, said) / capacity < 1.5
     with answering(parallel=1, most=0, faults=frozenset({"no retry"})) as side:
         said = [one_answer(side)]
     assert [(one.status, one.is_whole(), one.is_refused()) for one in said] == [(503, False, False)]
