@@ -212,8 +212,8 @@ async def ask(http: Any, side: Side, question: str) -> Said:
     with contextlib.suppress(httpx.HTTPError):
         async with http.stream("POST", side.url, json=side.body(question)) as reply:
             status, headers = reply.status_code, reply.headers
-            async for line in reply.aiter_lines() if status == 200 else ():
-                if piece := side.text_of(line):
+            async for line in reply.aiter_lines():
+                if status == 200 and (piece := side.text_of(line)):
                     pieces.append(time.perf_counter())
                     text += piece
                 last = line or last
