@@ -116,6 +116,10 @@ def serving(project: Path, folder: Path, **serve: Any) -> Iterator[Server]:
     (folder / "models").mkdir(exist_ok=True)
     if not (folder / "models/gguf").exists():
         (folder / "models/gguf").symlink_to(project / "models/gguf")
+    store = folder.parent / "store"  # embeddings of the passages, which the servers of all rows share
+    store.mkdir(exist_ok=True)
+    (folder / "data").mkdir()
+    (folder / "data/store").symlink_to(store)
     log = folder / "serve.log"
     with open(log, "w", encoding="utf-8") as stream:
         child = subprocess.Popen(
