@@ -1,7 +1,13 @@
 """bench: what it writes, and that a peer is counted as it should be. The measurements themselves are not repeated here."""
 
+import asyncio
+import contextlib
 import itertools
 import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +15,17 @@ import msgspec
 import pytest
 from fake_endpoint import FakeEndpoint
 
+from bench import serving
 from bench.generation import HEADING, of_the_kit
 from bench.rows import add_rows, row, with_section
 from bench.training import UNSEEN, differences, one_side, settings
 from bench.validation import by_projection, checked, corpus
 from stages.llm import Endpoint
 from stages.models import load_tokenizer
+from stages.params import Tracking
 from stages.records import Example, Message
+from stages.registry import CHAMPION, connected, version_named
+from stages.release import Release, write_release
 from stages.training import batches
 
 PAIRS = [
@@ -126,3 +136,152 @@ def test_the_losses_and_gradients_of_p7_differ_by_less_than_the_target_and_a_wro
 
     monkeypatch.setattr(batches, "pack", wrong)
     assert min(one["gradients"] for one in differences(tiny_folder, train, rows, tmp_path)) > 1e-4
+
+
+PIECES, PIECE_S = 4, 0.1
+
+
+@contextlib.contextmanager
+def answering(parallel: int, most: int, faults: frozenset[str] = frozenset()) -> Iterator[serving.Side]:
+    """A server that streams PIECES to `parallel` questions at once and sends the rest of more than `most` away."""
+    slots, open_now, counting = threading.Semaphore(parallel), [0], threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            with counting:
+                open_now[0] += 1
+                is_taken = open_now[0] <= most
+            try:
+                if not is_taken:
+                    self.send_response(503)
+                    if "no retry" not in faults:
+                        self.send_header("Retry-After", "1")
+                    self.end_headers()
+                    return
+                with slots:
+                    self.send_response(200)
+                    self.end_headers()
+                    for _ in range(PIECES):
+                        time.sleep(PIECE_S)
+                        self.wfile.write(b'event: delta\ndata: {"text": "word "}\n\n')
+                        self.wfile.flush()
+                    if "no end" not in faults:
+                        self.wfile.write(
+                            b'event: done\ndata: {"id": "1", "model": "docsmith/3", "sources": [], "covered": true}\n\n'
+                        )
+            finally:
+                with counting:
+                    open_now[0] -= 1
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.request_queue_size = 128
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    here = serving.Server(None, f"http://127.0.0.1:{server.server_address[1]}", None, None, Path())
+    try:
+        yield serving.through_docsmith(here)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def one_answer(side: serving.Side) -> serving.Said:
+    async def asking() -> serving.Said:
+        async with serving.client() as http:
+            return await serving.ask(http, side, "Why?")
+
+    return asyncio.run(asking())
+
+
+def test_an_answer_is_timed_piece_by_piece_and_counts_only_when_it_came_whole() -> None:
+    with answering(parallel=1, most=1) as side:
+        said = one_answer(side)
+    assert (said.status, said.text, len(said.pieces), said.version) == (200, "word " * PIECES, PIECES, "docsmith/3")
+    assert said.is_whole() and not said.is_refused()
+    assert said.began + PIECE_S <= said.pieces[0] <= said.pieces[-1] - 0.5 * PIECE_S * (PIECES - 1)
+    with answering(parallel=1, most=1, faults=frozenset({"no end"})) as side:
+        said = one_answer(side)
+    assert (said.status, len(said.pieces), said.is_whole()) == (200, PIECES, False)
+    assert serving.rate(said.began, said.ended, [said]) == 0
+    said = one_answer(side)  # the server is gone
+    assert (said.status, said.is_whole(), said.is_refused()) == (0, False, False)
+
+
+def test_under_overload_a_server_that_sends_questions_away_keeps_its_pace_and_a_reply_without_advice_is_counted_as_wrong() -> (
+    None
+):
+    questions = itertools.repeat("Why?")
+    with answering(parallel=2, most=8) as side:
+        began, ended, said = asyncio.run(serving.at_once(side, questions, seconds=2))
+        capacity = serving.rate(began, ended, said)
+        assert 0.5 * 2 / PIECE_S < capacity <= 1.1 * 2 / PIECE_S
+        began, ended, said = asyncio.run(serving.overload(side, questions, 4 * capacity / PIECES, 2))
+    assert len(said) == int(8 * capacity / PIECES)
+    assert {(one.is_whole(), one.is_refused()) for one in said} == {(True, False), (False, True)}
+    assert 0.6 < serving.rate(began, ended, said) / capacity < 1.5
+    with answering(parallel=1, most=0, faults=frozenset({"no retry"})) as side:
+        said = [one_answer(side)]
+    assert [(one.status, one.is_whole(), one.is_refused()) for one in said] == [(503, False, False)]
+
+
+def test_a_number_of_questions_is_asked_each_once_whoever_is_free() -> None:
+    with answering(parallel=8, most=8) as side:
+        _, _, said = asyncio.run(serving.at_once(side, itertools.repeat("Why?"), number=11))
+    assert len(said) == 11 and all(one.is_whole() for one in said)
+
+
+def test_every_question_of_the_bench_begins_in_its_own_way(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    lines = "".join(json.dumps({"question": text}) + "\n" for text in ("Why?", "When?"))
+    (tmp_path / "data/questions.jsonl").write_text(lines, encoding="utf-8")
+    found = list(itertools.islice(serving.questions_of(tmp_path), 3))
+    assert found == ["1000: Why?", "1001: When?", "1002: Why?"]
+
+
+def test_the_shipped_file_is_held_against_p9() -> None:
+    files = {
+        "docsmith-q8_0.gguf": {"quant": "q8_0", "mean_kl": 0.0006, "same_top": 0.991},
+        "docsmith-q4_k_m.gguf": {"quant": "q4_k_m", "mean_kl": 0.0214, "same_top": 0.934},
+    }
+    found, said = serving.quality({"files": files, "serve": "q4_k_m", "positions": 912, "measured_on": "held_out"})
+    assert (found["ratio"], found["same_top"], found["positions"]) == (0.0214, 0.934, 912)
+    assert "q4_k_m 0.0214 and 93.4%; q8_0 0.0006 and 99.1%. q4_k_m ships" in said
+
+
+def test_a_soak_has_two_versions_and_moves_the_champion_to_the_second_and_back(fresh_store: Path, tmp_path: Path) -> None:
+    project, folder = tmp_path / "project", tmp_path / "soak"
+    gguf = project / "models/gguf"
+    gguf.mkdir(parents=True)
+    (folder / "models").mkdir(parents=True)
+    (folder / "models/mlflow.db").write_bytes(fresh_store.read_bytes())
+    (project / "params.yaml").write_text((serving.REPOSITORY / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    for quant in ("q8_0", "q4_k_m"):
+        (gguf / f"docsmith-{quant}.gguf").write_text(f"weights in {quant}", encoding="utf-8")
+    release = Release(
+        base="b",
+        base_sha256="0",
+        adapter_sha256="1",
+        chat_sha256="2",
+        system_prompt="Be brief.",
+        control_tokens=(),
+        quants=("q8_0", "q4_k_m"),
+        serve="q8_0",
+        context_tokens=512,
+        max_new_tokens=16,
+    )
+    write_release(gguf, release)
+    swap = serving.with_two_versions(project, folder)
+    tracking = Tracking(uri=f"sqlite:///{folder}/models/mlflow.db", experiment="docsmith", model_name="docsmith")
+    quants = []
+    with connected(tracking) as client:
+        for is_promotion in (None, True, False, True, False):
+            if is_promotion is not None:
+                swap(is_promotion)
+            champion = version_named(client, "docsmith", CHAMPION)
+            assert (folder / champion.tags["gguf_path"] / f"docsmith-{champion.tags['quant']}.gguf").is_file()
+            quants.append(champion.tags["quant"])
+    assert quants == ["q8_0", "q4_k_m", "q8_0", "q4_k_m", "q8_0"]

@@ -1,20 +1,21 @@
 """The sections of the documentation behind an answer."""
 
-import functools
-import math
+import itertools
 import threading
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from stages.evidence import locate, sentences_of, words
+from stages.evidence import locate, sentences_of
 from stages.program import say
 from stages.records import Chunk, Passage, by_id, read_records
 from stages.release import REBUILD, SOURCES_FILE
 from stages.retrieval import kept_vectors, nearest_places, searched, with_passages
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Of questions whose evidence is known, these four have it as often as three of either kind, which are six: trained evidence is seldom
 # right but at the first place, and is never right for a question of which nothing was trained.
@@ -31,7 +32,9 @@ class Source(msgspec.Struct, frozen=True):
     start: int  # characters into the document
     end: int
     quote: str
-    similarity: float  # cosine of the embeddings of the question and of the pair's question, or of the chunk
+    similarity: (
+        float  # cosine of the embeddings of the question and of the pair's question, or of the chunk or its nearest sentence
+    )
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -61,11 +64,13 @@ class Sources:
         if not passages:
             return
         import torch
+        from transformers.utils.logging import disable_progress_bar
 
         from stages.models import load_embedder
 
         # torch's threads spin while they wait, as llama.cpp's do: beside it, a search with two of them took 20 times as long
         torch.set_num_threads(1)
+        disable_progress_bar()  # it would run through what a person types in the chat
         model = load_embedder(embedder)
         self._embed: Callable[[Sequence[str]], Any] = lambda texts: model.encode(list(texts), normalize_embeddings=True)
         self._searching = threading.Lock()  # a tokenizer may be used by one thread at a time
@@ -73,8 +78,10 @@ class Sources:
         self._trained = [(passage, pair) for passage in self._passages.values() for pair in passage.trained]
         self._chunk_vectors = kept_vectors([searched(chunk) for chunk in self._chunks], embedder, self._embed, store)
         self._trained_vectors = kept_vectors([pair.question for _, pair in self._trained], embedder, self._embed, store)
-        holders = Counter(word for chunk in self._chunks for word in set(words(chunk.text).split()))
-        self._weight = {word: math.log(1 + len(self._chunks) / count) for word, count in holders.items()}
+        parts = [_sentences(passage.text) for passage in self._passages.values()]
+        self._sentences = [sentence for part in parts for sentence in part]
+        self._firsts = [0, *itertools.accumulate(map(len, parts))]  # the place of each passage's first sentence, and the end
+        self._sentence_vectors = kept_vectors(self._sentences, embedder, self._embed, store)
 
     def find(self, question: str, min_similarity: float) -> Found:
         """The trained evidence and the passages nearest to `question`: at most four, no passage twice, and none where nothing is as near
@@ -84,18 +91,31 @@ class Sources:
             return Found((), covered=True)
         with self._searching:
             asked = self._embed([question])
-        found = []
-        if self._trained:
-            for place, cosine in nearest_places(asked, self._trained_vectors, MOST_TRAINED)[0]:
-                passage, pair = self._trained[place]
-                found.append(_source("trained", passage, pair.start, pair.end, pair.quote, cosine))
-        for place, cosine in nearest_places(asked, self._chunk_vectors, MOST_RETRIEVED)[0]:
+        # of one passage the nearest stays, and evidence where both are as near
+        ordered = sorted([*self._retrieved(asked), *self._trained_near(asked)], key=lambda source: source.similarity)
+        if ordered[-1].similarity < min_similarity:
+            return Found((), covered=False)
+        once = {source.passage_id: source for source in ordered}
+        return Found(tuple(sorted(once.values(), key=lambda source: -source.similarity)), covered=True)
+
+    def _trained_near(self, asked: "np.ndarray") -> Iterator[Source]:
+        """The evidence of the trained questions nearest to the question with the embedding `asked` (1, d)."""
+        for place, cosine in nearest_places(asked, self._trained_vectors, MOST_TRAINED)[0] if self._trained else ():
+            passage, pair = self._trained[place]
+            yield _source("trained", passage, pair.start, pair.end, pair.quote, cosine)
+
+    def _retrieved(self, asked: "np.ndarray") -> Iterator[Source]:
+        """The passages nearest to the question with the embedding `asked` (1, d), whole or by a sentence, each with its nearest sentence."""
+        import numpy as np
+
+        by_sentence = (asked @ self._sentence_vectors.T)[0]
+        whole = (asked @ self._chunk_vectors.T)[0]
+        near = np.maximum(whole, np.maximum.reduceat(by_sentence, self._firsts[:-1])).astype(np.float64).round(5)
+        for place in np.argsort(-near, kind="stable")[:MOST_RETRIEVED]:
+            first, end = self._firsts[place : place + 2]
+            quote = self._sentences[first + int(by_sentence[first:end].argmax())]
             passage = self._passages[self._chunks[place].id]
-            if all(one.passage_id != passage.id for one in found):
-                found.append(_source("retrieved", passage, *self._best_quote(question, passage), cosine))
-        found.sort(key=lambda source: -source.similarity)
-        covered = found[0].similarity >= min_similarity
-        return Found(tuple(found) if covered else (), covered)
+            yield _source("retrieved", passage, *_place_of(quote, passage), quote, float(near[place]))
 
     def passage(self, id: str) -> Passage | None:
         """The passage with that id, or None."""
@@ -111,21 +131,13 @@ class Sources:
             question, [self._chunks[place] for place, _ in nearest_places(asked, self._chunk_vectors, top_k)[0]], fits
         )[0]
 
-    def _best_quote(self, question: str, passage: Passage) -> tuple[int, int, str]:
-        """The sentence of `passage` that shares most words with `question`, rare words counting more: its start, end and text.
 
-        Embeddings choose hardly better, and take as long as the rest of the search for each sentence.
-        """
-        asked = set(words(question).split())
-
-        def shared(sentence: str) -> float:
-            return sum(self._weight.get(word, 0.0) for word in asked & set(words(sentence).split()))
-
-        quote = max(_sentences(passage.text), key=shared)
-        place = locate(quote, passage.text)
-        if place is None or len(passage.text) != passage.end - passage.start:  # a mark in place of a secret moves what follows
-            return passage.start, passage.end, quote
-        return passage.start + place[0], passage.start + place[1], quote
+def _place_of(quote: str, passage: Passage) -> tuple[int, int]:
+    """Where `quote`, of the passage's text, stands in the document; the whole passage where that cannot be said."""
+    found = locate(quote, passage.text)
+    if found is None or len(passage.text) != passage.end - passage.start:  # a mark in place of a secret moves what follows
+        return passage.start, passage.end
+    return passage.start + found[0], passage.start + found[1]
 
 
 def _as_chunk(passage: Passage) -> Chunk:
@@ -141,7 +153,6 @@ def _as_chunk(passage: Passage) -> Chunk:
     )
 
 
-@functools.lru_cache(1024)
 def _sentences(text: str) -> list[str]:
     """The sentences of `text`, or its lines where it has none, as a table; never none."""
     return sentences_of(text) or [line for line in text.splitlines() if line.strip()] or [text]

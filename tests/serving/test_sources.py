@@ -167,7 +167,7 @@ def test_the_prompt_is_the_one_that_the_evaluation_asks_with(sources: Sources, t
 
 def test_embeddings_are_computed_once_and_those_of_the_chunks_are_shared_with_the_stages(sources: Sources, store: Path) -> None:
     kept = sorted(np.load(path, allow_pickle=False).shape for path in store.glob("*.npy"))
-    assert kept == [(3, 384), (4, 384)]
+    assert kept == [(3, 384), (4, 384), (12, 384)]  # trained questions, chunks, and their sentences and lines
     before = {path: path.stat().st_mtime_ns for path in store.glob("*.npy")}
     again = Sources(PASSAGES[::-1], MODELS.embedder, store)
     assert again.find("How do I dim the lamp?", 0.45) == sources.find("How do I dim the lamp?", 0.45)
