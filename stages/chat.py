@@ -14,7 +14,8 @@ from stages.llm.endpoint import Endpoint
 from stages.params import Chat
 from stages.program import ServerFailed, run, say
 from stages.records import Message
-from stages.release import REQUEST_S, Release, ask, plain_text, running_release
+from stages.release import REQUEST_S, Release, plain_text, running_release
+from stages.serving.turns import last_turns
 
 
 def main(chat: Chat, gguf: Path = Path("models/gguf")) -> None:
@@ -53,17 +54,6 @@ def questions() -> Iterator[str]:
             return
         if question:
             yield question
-
-
-def last_turns(turns: list[Message], release: Release, endpoint: Endpoint, chat: Chat) -> list[Message]:
-    """The newest of `turns`, from a question on, that leave room for an answer; [] when the last question alone does not."""
-    while turns:
-        rendered = ask(endpoint, "/apply-template", {"messages": with_system(release.system_prompt, turns)})["prompt"]
-        tokens = ask(endpoint, "/tokenize", {"content": rendered, "add_special": True, "parse_special": True})["tokens"]
-        if len(tokens) + chat.max_new_tokens <= chat.context_tokens:
-            return turns
-        turns = turns[2:]
-    return []
 
 
 def stream_answer(turns: list[Message], release: Release, endpoint: Endpoint, chat: Chat) -> Iterator[str]:
