@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from stages.params import Chat, Models, Tracking
 from stages.program import BadParams, DocsmithError, ServerFailed, run, say
-from stages.records import Passage, read_records
-from stages.release import SOURCES_FILE
 from stages.serving.settings import Serve
 
 if TYPE_CHECKING:
@@ -104,11 +102,10 @@ async def answer(
     from stages.serving.engine import running_engine
     from stages.serving.feedback import Feedback
     from stages.serving.limits import Connection
-    from stages.serving.sources import Sources
+    from stages.serving.sources import Sources, read_passages
 
     def sources_in(folder: Path) -> Sources:
-        passages = read_records(folder / SOURCES_FILE, Passage, "Rebuild it with: dvc repro --force export")
-        return Sources(passages, models.embedder, store)
+        return Sources(read_passages(folder), models.embedder, store)
 
     logging.basicConfig(format="%(asctime)s %(message)s")
     LOG.setLevel(logging.INFO)

@@ -30,7 +30,7 @@ from stages.records import Message as Turn
 from stages.serving.asking import ANSWER_S, Queue, Usage, body_of, client_of_engines, pieces, whole
 from stages.serving.engine import Served
 from stages.serving.figures import Figures
-from stages.serving.limits import PROBED, RETRY_AFTER_S, Guard, Refused, escaped, refusal
+from stages.serving.limits import PROBED, RETRY_AFTER_S, Guard, JsonRoute, Refused, escaped, refusal
 from stages.serving.settings import Serve
 from stages.serving.turns import alternating, fits, last_turns, surely_fits
 
@@ -38,8 +38,16 @@ PAGE = Path(__file__).with_name("page.html")
 MODEL = "docsmith"  # the name that clients may ask for whichever version answers
 REMEMBERED = 10_000  # answers that feedback can be about
 EVENTS = "text/event-stream"
+SENT = {  # OpenAPI's words for one server-sent event
+    "type": "object",
+    "properties": {"event": {"enum": ["delta", "done", "error"]}, "data": {"type": "string"}},
+    "required": ["data"],
+}
 GONE = 499  # what counts and logs say of a client that hung up before its answer was whole
 LOG = logging.getLogger("docsmith.serve")
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class Body(BaseModel):
@@ -79,9 +87,7 @@ class Completion(Body):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    stop: list[Annotated[str, Field(min_length=1, max_length=64)]] | Annotated[str, Field(min_length=1, max_length=64)] | None = (
-        None
-    )
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
 
     def sampling(self) -> dict[str, Any]:
         """What of it the engine sees beside the messages."""
@@ -185,6 +191,7 @@ def application(engine: Any, sources: Any, feedback: Any, serve: Serve, chat: Ch
     app = FastAPI(title="Docsmith", docs_url=None, redoc_url=None, lifespan=lifespan, redirect_slashes=False)
     app.add_middleware(Guard, host=host, names=serve.hosts, keys=keys, requests_per_minute=serve.requests_per_minute)
     app.add_middleware(Watched, figures=figures)
+    app.router.route_class = JsonRoute
     with_key: dict[str, Any] = {"dependencies": [Security(HTTPBearer(auto_error=False))]} if keys else {}
 
     @app.exception_handler(Refused)
@@ -500,7 +507,7 @@ def _replies(
     """What the OpenAPI description says that a route answers: `kind`, or one of `statuses`."""
     described: dict[int | str, dict[str, Any]] = {}
     if kind is not None:
-        described[200] = {"model": kind} | ({"content": {EVENTS: {"schema": {"type": "string"}}}} if streams else {})
+        described[200] = {"model": kind} | ({"content": {EVENTS: {"schema": SENT}}} if streams else {})
     for status in (403, 413, 429, *statuses):
         described[status] = {"model": error, "description": HTTPStatus(status).phrase}
         if status in (429, 503):
