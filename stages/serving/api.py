@@ -207,7 +207,7 @@ def application(engine: Any, sources: Any, feedback: Any, serve: Serve, chat: Ch
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         fault = error.errors()[0]
-        where = ".".join(str(part) for part in fault["loc"][1:])
+        where = ".".join(str(part) for part in fault["loc"][1:])[:100]
         if request.url.path == "/chat" and where in ("", "question"):
             return refusal("/chat", Refused(400, "No question provided"))
         return refusal(request.url.path, Refused(422, f"{where or 'body'}: {fault['msg']}", code="invalid_value"))
