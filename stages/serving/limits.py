@@ -6,12 +6,12 @@ import hmac
 import ipaddress
 import json
 import math
+import re
 import time
 from asyncio import TimerHandle
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 from fastapi import Request, Response
@@ -30,6 +30,7 @@ HEAD_S = 10  # for request line and headers
 MAX_CONNECTIONS = 512  # below the 1024 files that a process may have open on most systems
 MAX_CALLERS = 10_000  # whose rates are remembered
 RETRY_AFTER_S = 5
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::\d+)?")  # a name or an address, and a port
 SECURITY_HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -164,17 +165,16 @@ def check_host(headers: Headers, host: str, names: set[str]) -> None:
 
     A page whose name an attacker points at this machine shares its origin with the server, but has its own name in `Host`.
     """
-    asked = headers.getlist("host")
-    if len(asked) != 1 or not is_ours(urlsplit(f"//{asked[0]}").hostname if asked[0].isprintable() else None, host, names):
+    asked = [host.lower() for host in headers.getlist("host")]
+    named = HOST.fullmatch(asked[0]) if len(asked) == 1 else None
+    if named is None or not is_ours(named[1].strip("[]"), host, names):
         raise Refused(403, "The Host header does not name this server; serve.hosts lists the names that do")
-    origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc.lower() != asked[0].lower():
+    if headers.get("origin", f"http://{asked[0]}").lower() not in (f"http://{asked[0]}", f"https://{asked[0]}"):
         raise Refused(403, "Pages of other origins may not use this server")
 
 
-def is_ours(name: str | None, host: str, names: set[str]) -> bool:
-    if name is None:
-        return False
+def is_ours(name: str, host: str, names: set[str]) -> bool:
+    """Whether a server that listens on `host` goes by `name`."""
     if name == "localhost" or name in names:
         return True
     try:
