@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import functools
 import hashlib
 import logging
 import re
@@ -21,7 +22,7 @@ from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stages.params import Chat
@@ -43,10 +44,9 @@ SENT = {  # OpenAPI's words for one server-sent event
     "properties": {"event": {"enum": ["delta", "done", "error"]}, "data": {"type": "string"}},
     "required": ["data"],
 }
+FIGURES: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 GONE = 499  # what counts and logs say of a client that hung up before its answer was whole
 LOG = logging.getLogger("docsmith.serve")
-
-
 Stop = Annotated[str, Field(min_length=1, max_length=64)]
 
 
@@ -228,25 +228,24 @@ def application(engine: Any, sources: Any, feedback: Any, serve: Serve, chat: Ch
             raise Refused(503, "The model does not answer yet", RETRY_AFTER_S)
         return JSONResponse({"status": "ready", "model": engine.served.version})
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=_replies(None, 401, 429), **with_key)
+    @app.get("/metrics", response_class=Response, responses=FIGURES | _replies(None, 401), **with_key)
     async def metrics() -> Response:
         """Figures for Prometheus."""
         return Response(generate_latest(figures.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/passages/{id}", responses=_replies(Shown, 401, 404, 429), **with_key)
+    @app.get("/passages/{id}", responses=_replies(Shown, 401, 404), **with_key)
     async def passage(id: str) -> Response:
         """A passage of the documentation that an answer names as a source."""
         found = sources.passage(id)
         if found is None:
             raise Refused(404, "There is no such passage in the documentation of this model")
-        shown = {name: getattr(found, name) for name in Shown.model_fields}
-        return _json(shown)
+        return _json({name: getattr(found, name) for name in Shown.model_fields})
 
     @app.post(
         "/feedback",
         status_code=204,
         response_class=Response,
-        responses=_replies(None, 400, 401, 404, 408, 413, 415, 422, 429, 503),
+        responses=_replies(None, 400, 401, 404, 408, 415, 422, 503),
         **with_key,
     )
     async def opinion(said: Opinion) -> Response:
@@ -261,7 +260,7 @@ def application(engine: Any, sources: Any, feedback: Any, serve: Serve, chat: Ch
             raise Refused(503, "The feedback could not be stored", RETRY_AFTER_S) from None
         return Response(status_code=204)
 
-    @app.post("/chat", responses=_replies(Answered, 400, 401, 408, 413, 415, 422, 429, 503, streams=True), **with_key)
+    @app.post("/chat", responses=_replies(Answered, 400, 401, 408, 415, 422, 503, streams=True), **with_key)
     async def answer(asked: Asked) -> Response:
         """An answer with its sources; with `stream`, server-sent events: `delta` for each piece, then `done`, or `error`."""
         turns = [Turn(said.role, said.content) for said in asked.history] + [Turn("user", asked.question.strip())]
@@ -269,25 +268,25 @@ def application(engine: Any, sources: Any, feedback: Any, serve: Serve, chat: Ch
 
     async def to_chat(turns: list[Turn], question: str, stream: bool, send: "Sender") -> None:
         started = time.monotonic()
+        find = functools.partial(asyncio.to_thread, sources.find, question, serve.min_similarity)
         async with queue.turn() as served:
-            turns = await shortened(turns, question, served)
-            finding = asyncio.create_task(asyncio.to_thread(sources.find, question, serve.min_similarity))
-            try:
-                body = body_of(served, turns, chat, {}, stream)
-                if stream:
-                    text = ""
-                    async with contextlib.aclosing(pieces(client, served, body)) as events:
-                        async for _, event in events:
-                            if event.text:
-                                send.has_begun or figures.first_token_s.observe(time.monotonic() - started)
-                                await send.event(b"delta", {"text": event.text})
-                            figures.count(event.usage)
-                else:
-                    reply = await whole(client, served, body)
-                    figures.count(msgspec.convert(reply["usage"], Usage))
-                found = await finding
-            finally:
-                finding.cancel()
+            body = body_of(served, await shortened(turns, question, served), chat, {}, stream)
+            if stream:
+                async with contextlib.aclosing(pieces(client, served, body)) as events:
+                    async for _, event in events:
+                        if event.text and not send.has_begun:
+                            figures.first_token_s.observe(time.monotonic() - started)
+                            await send.event(b"delta", {"text": event.text})
+                            finding = asyncio.create_task(find())  # not sooner: it would take a core from the first token
+                        elif event.text:
+                            await send.event(b"delta", {"text": event.text})
+                        figures.count(event.usage)
+                finding = finding if send.has_begun else asyncio.create_task(find())
+            else:
+                finding = asyncio.create_task(find())
+                reply = await whole(client, served, body)
+                figures.count(msgspec.convert(reply["usage"], Usage))
+        found = await finding
         id = secrets.token_hex(12)
         answered_by[id] = served.version
         if len(answered_by) > REMEMBERED:
@@ -299,7 +298,7 @@ def application(engine: Any, sources: Any, feedback: Any, serve: Serve, chat: Ch
             text = reply["choices"][0]["message"]["content"] or ""
             await send.reply(_json({"answer": text.strip(), **end}))
 
-    @app.get("/v1/models", responses=_replies(ModelList, 401, 429, 503, error=OpenAIFailed), **with_key)
+    @app.get("/v1/models", responses=_replies(ModelList, 401, 503, error=OpenAIFailed), **with_key)
     async def models() -> Response:
         """The names that requests may ask for: that of whichever version answers, and that of the version that answers now."""
         if engine.served is None:
@@ -309,7 +308,7 @@ def application(engine: Any, sources: Any, feedback: Any, serve: Serve, chat: Ch
 
     @app.post(
         "/v1/chat/completions",
-        responses=_replies(dict[str, Any], 400, 401, 404, 408, 413, 415, 422, 429, 503, streams=True, error=OpenAIFailed),
+        responses=_replies(dict[str, Any], 400, 401, 404, 408, 415, 422, 503, streams=True, error=OpenAIFailed),
         **with_key,
     )
     async def complete(asked: Completion) -> Response:
@@ -336,7 +335,8 @@ def application(engine: Any, sources: Any, feedback: Any, serve: Serve, chat: Ch
             theirs, ours = (b'"model":' + msgspec.json.encode(name) for name in (served.endpoint.model, served.version))
             async with contextlib.aclosing(pieces(client, served, body)) as events:
                 async for data, event in events:
-                    send.has_begun or figures.first_token_s.observe(time.monotonic() - started)
+                    if not send.has_begun:
+                        figures.first_token_s.observe(time.monotonic() - started)
                     if event.usage is None:
                         await send.data(data.replace(theirs, ours, 1))
                         continue
