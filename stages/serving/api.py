@@ -479,7 +479,7 @@ class Sender:
             return
         self.scope["failed"] = refused.status
         if self.scope["path"].startswith("/v1/"):
-            await self.data(refusal(self.scope["path"], refused).body)
+            await self.data(bytes(refusal(self.scope["path"], refused).body))
         else:
             await self.event(b"error", {"error": str(refused), "retry_after_s": refused.retry_after_s})
 

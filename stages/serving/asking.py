@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -103,7 +103,7 @@ async def whole(client: httpx.AsyncClient, served: Served, body: dict[str, Any])
     return dict(reply.json())
 
 
-async def pieces(client: httpx.AsyncClient, served: Served, body: dict[str, Any]) -> AsyncIterator[tuple[bytes, Event]]:
+async def pieces(client: httpx.AsyncClient, served: Served, body: dict[str, Any]) -> AsyncGenerator[tuple[bytes, Event], None]:
     """The events of the engine's stream up to [DONE], as they came, without their "data: ", and read. Raises Refused at any time."""
     try:
         async with client.stream("POST", f"{served.endpoint.url}/chat/completions", json=body) as reply:

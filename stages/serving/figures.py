@@ -26,7 +26,7 @@ class Figures:
         )
         self.tokens = Counter("docsmith_tokens", "Tokens of prompts and of answers", ["of"], registry=self.registry)
         ProcessCollector(registry=self.registry)
-        disable_created_metrics()  # a second line for each of ours
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second line for each of ours
         self.registry.register(self)  # type: ignore[arg-type]
 
     def count(self, usage: Usage | None) -> None:
