@@ -20,7 +20,7 @@ from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -39,14 +39,11 @@ PAGE = Path(__file__).with_name("page.html")
 MODEL = "docsmith"  # the name that clients may ask for whichever version answers
 REMEMBERED = 10_000  # answers that feedback can be about
 EVENTS = "text/event-stream"
-SENT = {  # OpenAPI's words for one server-sent event
-    "type": "object",
-    "properties": {"event": {"enum": ["delta", "done", "error"]}, "data": {"type": "string"}},
-    "required": ["data"],
-}
 FIGURES: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 GONE = 499  # what counts and logs say of a client that hung up before its answer was whole
 LOG = logging.getLogger("docsmith.serve")
+# JSON has one kind of numbers: to its schemas 3.0 is an integer
+WHOLE = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
 Stop = Annotated[str, Field(min_length=1, max_length=64)]
 
 
@@ -82,11 +79,11 @@ class Completion(Body):
     messages: Annotated[list[Said], Field(min_length=1)]
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
 
     def sampling(self) -> dict[str, Any]:
@@ -260,7 +257,7 @@ def application(engine: Any, sources: Any, feedback: Any, serve: Serve, chat: Ch
             raise Refused(503, "The feedback could not be stored", RETRY_AFTER_S) from None
         return Response(status_code=204)
 
-    @app.post("/chat", responses=_replies(Answered, 400, 401, 408, 415, 422, 503, streams=True), **with_key)
+    @app.post("/chat", responses=_replies(Answered, 400, 401, 408, 415, 422, 503, events=("delta", "done", "error")), **with_key)
     async def answer(asked: Asked) -> Response:
         """An answer with its sources; with `stream`, server-sent events: `delta` for each piece, then `done`, or `error`."""
         turns = [Turn(said.role, said.content) for said in asked.history] + [Turn("user", asked.question.strip())]
@@ -308,7 +305,7 @@ def application(engine: Any, sources: Any, feedback: Any, serve: Serve, chat: Ch
 
     @app.post(
         "/v1/chat/completions",
-        responses=_replies(dict[str, Any], 400, 401, 404, 408, 415, 422, 503, streams=True, error=OpenAIFailed),
+        responses=_replies(dict[str, Any], 400, 401, 404, 408, 415, 422, 503, events=("message",), error=OpenAIFailed),
         **with_key,
     )
     async def complete(asked: Completion) -> Response:
@@ -502,12 +499,14 @@ def _json(value: object) -> Response:
 
 
 def _replies(
-    kind: Any, *statuses: int, error: type[BaseModel] = Failed, streams: bool = False
+    kind: Any, *statuses: int, error: type[BaseModel] = Failed, events: Sequence[str] = ()
 ) -> dict[int | str, dict[str, Any]]:
     """What the OpenAPI description says that a route answers: `kind`, or one of `statuses`."""
     described: dict[int | str, dict[str, Any]] = {}
     if kind is not None:
-        described[200] = {"model": kind} | ({"content": {EVENTS: {"schema": SENT}}} if streams else {})
+        sent = {"event": {"enum": list(events)}, "data": {"type": "string"}}
+        schema = {"type": "object", "properties": sent, "required": ["data"]}  # OpenAPI's words for one event
+        described[200] = {"model": kind} | ({"content": {EVENTS: {"schema": schema}}} if events else {})
     for status in (403, 413, 429, *statuses):
         described[status] = {"model": error, "description": HTTPStatus(status).phrase}
         if status in (429, 503):

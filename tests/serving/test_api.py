@@ -463,7 +463,7 @@ def test_more_questions_than_the_queue_holds_are_sent_away_and_the_others_are_an
 
 
 def test_logs_have_a_line_for_each_request_and_no_word_of_a_user(address: str, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="docsmith.serve"):
         chat(address, question="My password is swordfish.")
         chat(address, question="My password is swordfish.", unknown="swordfish")
         httpx.post(f"{address}/chat", content=b'{"question": "swordfish', headers={"Content-Type": "application/json"})
@@ -475,7 +475,9 @@ def test_logs_have_a_line_for_each_request_and_no_word_of_a_user(address: str, c
         "POST /chat 400 n ms",
         "GET /x\\r\\nGET /forged\\x1b[2J 404 n ms",
     ]
-    ours = [record.getMessage() for record in caplog.records if record.name not in ("httpx", "httpcore")]  # the test's own
+    ours = [
+        record.getMessage() for record in caplog.records if record.name.split(".")[0] not in ("httpx", "httpcore")
+    ]  # the test's own
     assert not [line for line in ours if "swordfish" in line]
 
 
@@ -497,12 +499,26 @@ def test_figures_are_those_of_what_was_asked(engine: Engine, tmp_path: Path) -> 
         assert f"{line}\n" in text
 
 
-def test_requests_made_from_the_openapi_description_are_answered_as_it_says(address: str, tmp_path: Path) -> None:
-    (tmp_path / "schemathesis.toml").write_text(
-        "[checks.positive_data_acceptance]\nexpected-statuses = ['2xx', 400, 404, 413]\n", encoding="utf-8"
-    )
-    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json", "--max-examples", "25", "--no-color"]
-    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+def test_a_thousand_requests_made_from_the_openapi_description_are_answered_as_it_says(engine: Engine, tmp_path: Path) -> None:
+    # a description cannot say all that is refused: a conversation that ends with the assistant, a body that is too large
+    settings = "[checks]\npositive_data_acceptance.expected-statuses = ['2xx', 400, 404, 413]\n"
+    settings += "negative_data_rejection.expected-statuses = [400, 404, 405, 413, 415, 422]\n"
+    (tmp_path / "schemathesis.toml").write_text(settings, encoding="utf-8")
+    quick = msgspec.structs.replace(CHAT, max_new_tokens=1)
+    with serving(engine, tmp_path / "feedback", chat=quick) as address:
+        command = [
+            sys.executable,
+            "-m",
+            "schemathesis.cli",
+            "run",
+            f"{address}/openapi.json",
+            "--max-examples",
+            "300",
+            "--no-color",
+        ]
+        done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        failed = [line for line in httpx.get(f"{address}/metrics").text.splitlines() if 'status="5' in line]
     counted = re.search(r"Test cases:\s+(\d+) generated", done.stdout)
     assert done.returncode == 0, done.stdout[-5_000:] + done.stderr
-    assert counted and int(counted[1]) > 100
+    assert counted and int(counted[1]) > 1000
+    assert not failed
