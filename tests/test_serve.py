@@ -136,6 +136,7 @@ def test_keys_of_the_environment_are_needed_and_logs_have_neither_keys_nor_quest
             httpx.post(f"{address}/chat", json={"question": "swordfish?"}, headers=headers, timeout=60).status_code
             for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Bearer {KEY}2"})
         ]
+        httpx.get(f"{address}/health?question=swordfish", headers={"Authorization": f"Bearer {KEY}"})
         process.send_signal(signal.SIGINT)
         said, logged = process.communicate(timeout=20)
     assert statuses == [401, 401, 200]
