@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stages.params import Chat
 from stages.program.errors import DocsmithError
 from stages.records import Message as Turn
-from stages.serving.asking import ANSWER_S, Queue, Usage, body_of, client_of_engines, pieces, whole
+from stages.serving.asking import ANSWER_S, Queue, Usage, body_of, pieces, whole
 from stages.serving.engine import Served
 from stages.serving.figures import Figures
 from stages.serving.limits import PROBED, RETRY_AFTER_S, Guard, JsonRoute, Refused, escaped, refusal
@@ -175,17 +175,11 @@ def application(engine: Any, sources: Any, feedback: Any, serve: Serve, chat: Ch
     """
     queue = Queue(engine, serve)
     figures = Figures(queue)
-    client = client_of_engines()
     answered_by: OrderedDict[str, str] = OrderedDict()  # id of an answer -> version of the model
     page = PAGE.read_bytes()
     page_headers = {"Content-Security-Policy": policy_of(page)}
 
-    @contextlib.asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        async with client:
-            yield
-
-    app = FastAPI(title="Docsmith", docs_url=None, redoc_url=None, lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(title="Docsmith", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Guard, host=host, names=serve.hosts, keys=keys, requests_per_minute=serve.requests_per_minute)
     app.add_middleware(Watched, figures=figures)
     app.router.route_class = JsonRoute
@@ -269,7 +263,7 @@ def application(engine: Any, sources: Any, feedback: Any, serve: Serve, chat: Ch
         async with queue.turn() as served:
             body = body_of(served, await shortened(turns, question, served), chat, {}, stream)
             if stream:
-                async with contextlib.aclosing(pieces(client, served, body)) as events:
+                async with contextlib.aclosing(pieces(served, body)) as events:
                     async for _, event in events:
                         if event.text and not send.has_begun:
                             figures.first_token_s.observe(time.monotonic() - started)
@@ -281,7 +275,7 @@ def application(engine: Any, sources: Any, feedback: Any, serve: Serve, chat: Ch
                 finding = finding if send.has_begun else asyncio.create_task(find())
             else:
                 finding = asyncio.create_task(find())
-                reply = await whole(client, served, body)
+                reply = await whole(served, body)
                 figures.count(msgspec.convert(reply["usage"], Usage))
         found = await finding
         id = secrets.token_hex(12)
@@ -327,10 +321,10 @@ def application(engine: Any, sources: Any, feedback: Any, serve: Serve, chat: Ch
             turns = await shortened(turns, asked.messages[-1].content, served)
             body = body_of(served, turns, chat, asked.sampling(), asked.stream)
             if not asked.stream:
-                await send.reply(JSONResponse(public(await whole(client, served, body), served)))
+                await send.reply(JSONResponse(public(await whole(served, body), served)))
                 return
             theirs, ours = (b'"model":' + msgspec.json.encode(name) for name in (served.endpoint.model, served.version))
-            async with contextlib.aclosing(pieces(client, served, body)) as events:
+            async with contextlib.aclosing(pieces(served, body)) as events:
                 async for data, event in events:
                     if not send.has_begun:
                         figures.first_token_s.observe(time.monotonic() - started)

@@ -370,7 +370,7 @@ def test_an_engine_that_cannot_be_reached_is_503_and_not_a_hang(tmp_path: Path) 
         for stream in (False, True):
             reply = chat(address, stream=stream)
             assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")
-            assert reply.json()["error"].startswith("The model stopped answering (ConnectError)")
+            assert reply.json()["error"].startswith("The model stopped answering (ConnectionRefusedError)")
 
 
 @pytest.fixture
