@@ -57,7 +57,7 @@ feedback: $(READY)  ## what users said of answers, for make review and as gold c
 chat: $(READY)  ## talk to the model in the terminal
 	@python -m stages.chat
 
-serve: $(READY)  ## POST /chat on 127.0.0.1:5000
+serve: $(READY)  ## the chat page, POST /chat and /v1 on 127.0.0.1:5000
 	@python -m stages.serve
 
 ui: $(READY)  ## MLflow's pages on 127.0.0.1:5001

@@ -17,9 +17,10 @@ from stages.llm.endpoint import Endpoint
 from stages.params import Chat, Models
 from stages.program import ServerFailed, run, say
 from stages.records import Message
-from stages.release import REQUEST_S, Release, ask, plain_text, running_release
+from stages.release import REQUEST_S, Release, plain_text, running_release
 from stages.serving.settings import Serve
 from stages.serving.sources import Found, Source, Sources, read_passages
+from stages.serving.turns import fits, last_turns
 
 
 def main(serve: Serve, chat: Chat, models: Models, gguf: Path = Path("models/gguf"), store: Path = Path("data/store")) -> None:
@@ -93,20 +94,6 @@ def questions() -> Iterator[str]:
             return
         if question:
             yield question
-
-
-def last_turns(turns: list[Message], release: Release, endpoint: Endpoint, chat: Chat) -> list[Message]:
-    """The newest of `turns`, from a question on, that leave room for an answer; [] when the last question alone does not."""
-    while turns and not fits(turns, release, endpoint, chat):
-        turns = turns[2:]
-    return turns
-
-
-def fits(turns: Sequence[Message], release: Release, endpoint: Endpoint, chat: Chat) -> bool:
-    """Whether `turns` leave room for an answer. Raises ServerFailed."""
-    rendered = ask(endpoint, "/apply-template", {"messages": with_system(release.system_prompt, turns)})["prompt"]
-    tokens = ask(endpoint, "/tokenize", {"content": rendered, "add_special": True, "parse_special": True})["tokens"]
-    return len(tokens) + chat.max_new_tokens <= chat.context_tokens
 
 
 def stream_answer(turns: list[Message], release: Release, endpoint: Endpoint, chat: Chat) -> Iterator[str]:

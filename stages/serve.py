@@ -1,145 +1,161 @@
-"""models/gguf -> POST /chat {"question": ...} -> {"answer": ...}, and GET /health, until Ctrl-C.
+"""A release or the champion -> the chat page, POST /chat and OpenAI's /v1 over HTTP, until Ctrl-C.
 
-The file is checked against its checksum, and its chat against params.yaml, before the first answer.
-Costs the memory of the GGUF file and of 4 contexts; answers 4 questions at once, lets 32 wait, and sends the rest away with 503.
+The model is checked against its checksums, and its chat against params.yaml, before the first answer.
+Costs the memory of the GGUF file and of serve.parallel contexts, and that of the embedder which finds sources.
 """
 
+import asyncio
 import contextlib
+import os
+import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import msgspec
-
-from stages.chats import with_system
-from stages.llm.endpoint import Endpoint
-from stages.params import Chat
-from stages.program import ServerFailed, run, say
-from stages.records import Message
-from stages.release import REQUEST_S, Release, plain_text, running_release, server_address
+from stages.params import Chat, Models, Tracking
+from stages.program import BadParams, DocsmithError, ServerFailed, run, say
 from stages.serving.settings import Serve
 
-PARALLEL = 4
-MAX_WAITING = 32
-RETRY_AFTER_S = 5
-MAX_BODY_BYTES = 64_000
+if TYPE_CHECKING:
+    from stages.serving.sources import Sources
+
+KEYS = "DOCSMITH_API_KEYS"
+MIN_KEY_CHARS = 16
+STOP_S = 20  # for the answers that are open when the server is told to stop
+LOOK_AGAIN_S = 1  # for another model
 
 
-class Asked(msgspec.Struct):
-    """The body of POST /chat; other fields in it are ignored."""
+def main(
+    serve: Serve,
+    chat: Chat,
+    tracking: Tracking,
+    models: Models,
+    store: Path = Path("data/store"),
+    feedback: Path = Path("data/feedback.sqlite"),
+) -> None:
+    import uvloop
 
-    question: str
-
-
-class TooLarge(Exception):
-    """A body of more than MAX_BODY_BYTES."""
-
-
-def main(serve: Serve, chat: Chat, gguf: Path = Path("models/gguf")) -> None:
-    import uvicorn
-
+    keys = read_keys(os.environ)
+    # another handler than Python's own, which asyncio would take for its own and cancel what ends the engine
+    signal.signal(signal.SIGINT, _interrupted)
     with (
         contextlib.suppress(KeyboardInterrupt),  # uvicorn raises it again once the open questions are answered
-        listen(serve) as listener,
-        running_release(gguf, chat, PARALLEL) as (release, endpoint),
+        listen(serve, keys) as listener,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        host, port = listener.getsockname()[:2]
-        say(f"serve: http://{host}:{port}/chat answers questions (Ctrl-C stops)")
-        app = application(release, endpoint, chat, host)
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+        runner.run(answer(listener, keys, serve, chat, tracking, models, store, feedback))
     say("serve: stopped")
 
 
-def listen(serve: Serve) -> socket.socket:
-    """A socket that listens on the address in params.yaml. Raises ServerFailed when it cannot be had."""
+def _interrupted(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def read_keys(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """The keys of which a caller must have one; () admits everyone. Raises BadParams, which shows no key."""
+    keys = tuple(key.strip() for key in environment.get(KEYS, "").split(",") if key.strip())
+    for number, key in enumerate(keys, start=1):
+        if len(key) < MIN_KEY_CHARS or not key.isascii() or not key.isprintable() or " " in key:
+            raise BadParams(
+                f"{KEYS}: key {number} is not {MIN_KEY_CHARS} or more letters, digits and signs without spaces; "
+                "make one with: openssl rand -hex 32"
+            )
+    return keys
+
+
+def listen(serve: Serve, keys: tuple[str, ...]) -> socket.socket:
+    """A socket that listens on the address in params.yaml. Raises ServerFailed when it cannot be had, BadParams when it needs keys."""
+    from stages.serving.limits import is_loopback
+
     try:
-        return socket.create_server((serve.host, serve.port))
-    except (OSError, OverflowError) as error:
-        reason = str(getattr(error, "strerror", None) or error).partition(" (")[0]
+        family = socket.AF_INET6 if ":" in serve.host else socket.AF_INET
+        listener = socket.create_server((serve.host, serve.port), family=family)
+    except OSError as error:
+        reason = str(error.strerror or error).partition(" (")[0]
         raise ServerFailed(f"params.yaml: cannot listen on serve.host {serve.host}, serve.port {serve.port}: {reason}") from None
+    if not keys and not is_loopback(listener.getsockname()[0]):
+        listener.close()
+        raise BadParams(
+            f"params.yaml: serve.host {serve.host} lets other machines in, so callers need a key: set {KEYS} to keys "
+            "separated by commas, or serve.host to 127.0.0.1"
+        )
+    return listener
 
 
-def application(release: Release, endpoint: Endpoint, chat: Chat, host: str) -> Any:
-    """The FastAPI application that puts questions to the llama.cpp server at `endpoint`."""
-    import httpx
-    from fastapi import FastAPI, Request
-    from fastapi.responses import JSONResponse
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
+async def answer(
+    listener: socket.socket,
+    keys: tuple[str, ...],
+    serve: Serve,
+    chat: Chat,
+    tracking: Tracking,
+    models: Models,
+    store: Path,
+    feedback: Path,
+) -> None:
+    """Serves until a signal, which uvicorn raises again when the open answers are finished."""
+    import logging
 
-    client = httpx.AsyncClient(base_url=server_address(endpoint), trust_env=False, timeout=REQUEST_S)
-    open_questions = 0
+    import uvicorn
 
-    @contextlib.asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        async with client:
-            yield
+    from stages.serving.api import LOG, application
+    from stages.serving.engine import running_engine
+    from stages.serving.feedback import Feedback
+    from stages.serving.limits import Connection
+    from stages.serving.sources import Sources, read_passages
 
-    app = FastAPI(title="Docsmith", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    if host.startswith("127."):
-        # a page whose name an attacker points at this machine would else be same-origin with the API
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[host, "localhost"])
+    def sources_in(folder: Path) -> Sources:
+        return Sources(read_passages(folder), models.embedder, store)
 
-    def failure(status: int, error: str, **headers: str) -> JSONResponse:
-        return JSONResponse({"error": error}, status, headers=headers)
-
-    @app.get("/health")
-    async def health() -> JSONResponse:
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    LOG.setLevel(logging.INFO)
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    async with running_engine(serve, chat, tracking) as engine:
+        sources = Followed(engine, sources_in)
+        app = application(engine, sources, Feedback(feedback), serve, chat, host, keys)
+        config = uvicorn.Config(
+            app,
+            http=Connection,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,  # else whoever names another address in a header has another rate
+            server_header=False,
+            timeout_graceful_shutdown=STOP_S,
+        )
+        following = asyncio.create_task(sources.follow())
+        say(f"serve: http://{shown}:{port}/chat answers questions, http://{shown}:{port}/ is the chat page (Ctrl-C stops)")
         try:
-            reply = await client.get("/health")
-        except httpx.HTTPError as error:
-            return failure(503, f"the engine does not answer: {type(error).__name__}")
-        return JSONResponse({"status": "ok"}) if reply.is_success else failure(503, f"the engine answers {reply.status_code}")
-
-    @app.post("/chat")
-    async def answer(request: Request) -> JSONResponse:
-        nonlocal open_questions
-        try:
-            question = read_question(await read_body(request.stream()))
-        except TooLarge:
-            return failure(413, f"The question is larger than {MAX_BODY_BYTES} bytes")
-        if not question:
-            return failure(400, "No question provided")
-        if open_questions >= PARALLEL + MAX_WAITING:
-            return failure(503, "Too many questions at once; try again", **{"Retry-After": str(RETRY_AFTER_S)})
-        asked = Message(role="user", content=plain_text(question, release.control_tokens))
-        body = {
-            "messages": with_system(release.system_prompt, [asked]),
-            "max_tokens": chat.max_new_tokens,
-            "temperature": 0,  # greedy, as it was scored
-        }
-        open_questions += 1
-        try:
-            reply = await client.post("/v1/chat/completions", json=body)
-        except httpx.HTTPError as error:
-            return failure(503, f"The engine failed: {type(error).__name__}")
+            await uvicorn.Server(config).serve(sockets=[listener])
         finally:
-            open_questions -= 1
-        if "exceed_context_size" in reply.text and reply.status_code == 400:
-            return failure(413, f"The question is longer than the context of {chat.context_tokens} tokens")
-        if reply.is_error:
-            return failure(503, f"The engine failed: status {reply.status_code}")
-        return JSONResponse({"answer": reply.json()["choices"][0]["message"]["content"].strip()})
-
-    return app
+            following.cancel()
 
 
-async def read_body(stream: AsyncIterator[bytes]) -> bytes:
-    """The whole body. Raises TooLarge as soon as it has more than MAX_BODY_BYTES."""
-    body = bytearray()
-    async for piece in stream:
-        body += piece
-        if len(body) > MAX_BODY_BYTES:
-            raise TooLarge
-    return bytes(body)
+class Followed:
+    """The sources of the model that answers, read again in the background when another one does."""
 
+    def __init__(self, engine: Any, read: "Callable[[Path], Sources]") -> None:
+        self.engine, self.read = engine, read
+        self.use(engine.served.folder, read(engine.served.folder))
 
-def read_question(body: bytes) -> str:
-    """The question in `body`, without the space around it; "" when there is none to be found."""
-    try:
-        return msgspec.json.decode(body, type=Asked).question.strip()
-    except (msgspec.DecodeError, RecursionError):  # deep nesting in a field that is ignored
-        return ""
+    def use(self, folder: Path, sources: "Sources") -> None:
+        self.folder = folder
+        self.find, self.prompt, self.passage = sources.find, sources.prompt, sources.passage
+
+    async def follow(self) -> NoReturn:
+        while True:
+            await asyncio.sleep(LOOK_AGAIN_S)
+            served = self.engine.served
+            if served is None or served.folder == self.folder:
+                continue
+            try:
+                sources = await asyncio.to_thread(self.read, served.folder)
+            except DocsmithError as error:
+                say(f"serve: the sources stay those of {self.folder}: {error}")
+                self.folder = served.folder
+            else:
+                self.use(served.folder, sources)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ chat: {system_prompt: Answer briefly., max_new_tokens: 16, context_tokens: 512}
 serve:
   {model: models/gguf, host: 127.0.0.1, port: 0, engine: llama.cpp, parallel: 4, max_waiting: 32, requests_per_minute: 100000,
    passages: 0, min_similarity: 0.4}
+tracking: {uri: "sqlite:///models/mlflow.db", experiment: docsmith, model_name: docsmith}
 """
 
 

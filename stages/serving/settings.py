@@ -21,3 +21,4 @@ class Serve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     requests_per_minute: Positive  # of one key, or of one address where there are no keys; further ones get 429
     passages: Count  # of the documentation that the model sees with each question; 0: none
     min_similarity: Share  # of a question and the documentation; where nothing is as near, the answer says so
+    hosts: tuple[str, ...] = ()  # names that the server may be asked by, beside its addresses and localhost
