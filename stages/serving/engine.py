@@ -205,7 +205,7 @@ class Engine:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(old.drained(), DRAIN_S)
                 old.stop()
-                await old.ended
+                await asyncio.wait({old.ended})  # not `await`, which would cancel it when this task is cancelled
 
     async def close(self) -> None:
         """Ends every engine and everything that watches over one."""
