@@ -8,20 +8,28 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from stages.program import ServerFailed, end_with_parent
 
 STOP_WAIT_S = 15
 
+Child = subprocess.Popen[bytes]
+Started = Callable[[Child], None]  # is given a server's process before the server is ready; what it raises ends the server
+
 
 @contextlib.contextmanager
 def running_server(
-    name: str, command: Sequence[str], environment: Mapping[str, str], health: str, start_s: float
+    name: str,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    health: str,
+    start_s: float,
+    started: Started = lambda child: None,
 ) -> Iterator[None]:
     """Runs `command` until the block ends; enters the block when the address `health` answers 200.
 
-    The server leads its own process group, and ends when this process ends. Its output goes to a temporary file.
+    The server leads its own process group, and ends when the thread that is here ends. Its output goes to a temporary file.
     Raises ServerFailed with the last line of that output when the server exits, or is not healthy within `start_s` seconds.
     """
     with tempfile.TemporaryFile() as log:
@@ -35,6 +43,7 @@ def running_server(
             preexec_fn=end_with_parent,
         )
         try:
+            started(child)
             _wait_until_healthy(name, child, health, start_s, log)
             try:
                 yield
@@ -46,7 +55,7 @@ def running_server(
             _stop(child)
 
 
-def _wait_until_healthy(name: str, child: subprocess.Popen[bytes], health: str, start_s: float, log: object) -> None:
+def _wait_until_healthy(name: str, child: Child, health: str, start_s: float, log: object) -> None:
     deadline = time.monotonic() + start_s
     while time.monotonic() < deadline:
         if child.poll() is not None:
@@ -66,7 +75,7 @@ def _last_words(log: object) -> str:
     return (errors or lines or ["it printed nothing"])[-1][-400:]
 
 
-def _stop(child: subprocess.Popen[bytes]) -> None:
+def _stop(child: Child) -> None:
     if child.poll() is None:
         child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -2,15 +2,18 @@
 
 import contextlib
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from stages.llm.child import running_server
+from stages.llm.child import Started, running_server
 from stages.llm.endpoint import Endpoint, free_port
 
 START_S = 600  # a large model from a slow disk; a small one on two cores takes a minute
+ADAPTED = "docsmith"  # the name of the model with the adapter; the folder's name is the model without it
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 
 
 def has_vllm() -> bool:
@@ -19,20 +22,29 @@ def has_vllm() -> bool:
 
 
 @contextlib.contextmanager
-def vllm_server(folder: Path, context_tokens: int, parallel: int) -> Iterator[Endpoint]:
-    """Serves the model in `folder` to `parallel` requests at once. Raises ServerFailed when it does not start."""
+def vllm_server(
+    folder: Path, context_tokens: int, parallel: int, adapter: Path | None = None, started: Started = lambda child: None
+) -> Iterator[Endpoint]:
+    """Serves the model in `folder`, with the LoRA weights in `adapter` if given, to `parallel` requests at once.
+
+    Raises ServerFailed when it does not start.
+    """
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(folder), "--served-model-name", folder.name]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "bfloat16", "--max-model-len", str(context_tokens), "--max-num-seqs", str(parallel)]
     command += ["--disable-log-stats"]
+    if adapter:
+        rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+        room = next((size for size in LORA_RANKS if size >= rank), rank)
+        command += ["--enable-lora", "--max-lora-rank", str(room), "--lora-modules", f"{ADAPTED}={adapter.resolve()}"]
     environment = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     if not _has_cuda():
         command += ["--enforce-eager"]  # compiled starts a minute later, and a run here takes only a few
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": _own_cores(), "VLLM_CPU_KVCACHE_SPACE": "2"}
-    with running_server("vLLM", command, environment, f"http://127.0.0.1:{port}/health", START_S):
-        yield Endpoint(url=f"http://127.0.0.1:{port}/v1", model=folder.name)
+    with running_server("vLLM", command, environment, f"http://127.0.0.1:{port}/health", START_S, started):
+        yield Endpoint(url=f"http://127.0.0.1:{port}/v1", model=ADAPTED if adapter else folder.name)
 
 
 def _has_cuda() -> bool:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from stages.params import Tracking
 from stages.program import BadInput, Busy, say
-from stages.tracking import connect, tracking_uri, without_secrets
+from stages.tracking import client_of, connect, tracking_uri, without_secrets
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 HOLDER, CHANGE = "holder", "change"  # tags of the lock
@@ -24,10 +24,16 @@ LOOK_AGAIN_S = 0.3
 @contextlib.contextmanager
 def connected(tracking: Tracking) -> Iterator[Any]:
     """An MlflowClient on the store of `tracking`. What the store refuses becomes a BadInput that names it."""
+    with _refusals_of(tracking):
+        yield connect(tracking)
+
+
+@contextlib.contextmanager
+def _refusals_of(tracking: Tracking) -> Iterator[None]:
     from mlflow.exceptions import MlflowException
 
     try:
-        yield connect(tracking)
+        yield
     except MlflowException as error:
         reason = without_secrets(str(error).splitlines()[0])
         where = without_secrets(tracking_uri(tracking))
@@ -43,6 +49,21 @@ def version_named(client: Any, name: str, alias: str) -> Any | None:
     """The version that `alias` points to, or None."""
     number = aliases(client, name).get(alias)
     return client.get_model_version(name, number) if number else None
+
+
+def find_version(tracking: Tracking, name: str, alias: str, number: str, timeout_s: int) -> Any:
+    """The version of the model `name` that `alias` points to, or the one with that number. Raises BadInput where there is none.
+
+    For programs that look often: two queries, each of which a server is asked once, for `timeout_s` seconds at most.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(timeout_s))
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with _refusals_of(tracking):
+        client = client_of(tracking_uri(tracking))
+        found = version_named(client, name, alias) if alias else client.get_model_version(name, number)
+    if found is None:
+        raise BadInput(f"the model {name} has no version {alias}. Promote one with: make promote")
+    return found
 
 
 def version_of(client: Any, name: str, sums_sha256: str) -> Any | None:

@@ -1,6 +1,7 @@
 """The folder that `export` writes and that serve, chat and promote open: GGUF files, a Modelfile, release.json, SHA256SUMS."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import msgspec
 
 from stages.chats import chat_sha256
 from stages.files import sha256_of_file, write_json, write_text
+from stages.llm.child import Started
 from stages.llm.endpoint import Endpoint
 from stages.params import Chat
 from stages.program.errors import BadModelFile, BadParams, ServerFailed
@@ -70,13 +72,30 @@ def _check_sum(folder: Path, name: str, sums: dict[str, str]) -> None:
     path = folder / name
     if not path.is_file() or name not in sums:
         raise BadModelFile(f"{path} is missing or not in {SUMS_FILE}; {REBUILD}")
-    found = sha256_of_file(path)
+    found = _sha256(path, stamp_of(path))
     if found != sums[name]:
         raise BadModelFile(f"{path} is damaged: its SHA-256 is {found[:12]}…, {SUMS_FILE} says {sums[name][:12]}…; {REBUILD}")
 
 
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """What changes when the file at `path` is written or replaced; () where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+@functools.lru_cache
+def _sha256(path: Path, _stamp: tuple[int, ...]) -> str:
+    """The SHA-256 of a file, which is read once while it stays as it is: an engine that is restarted does not wait for it."""
+    return sha256_of_file(path)
+
+
 @contextlib.contextmanager
-def running_release(folder: Path, chat: Chat, parallel: int) -> Iterator[tuple[Release, Endpoint]]:
+def running_release(
+    folder: Path, chat: Chat, parallel: int, started: Started = lambda child: None
+) -> Iterator[tuple[Release, Endpoint]]:
     """The release in `folder` and an engine that serves its `serve` file until the block ends.
 
     Raises BadModelFile for a damaged folder or a template that is not the release's, BadParams when params.yaml has another
@@ -84,16 +103,22 @@ def running_release(folder: Path, chat: Chat, parallel: int) -> Iterator[tuple[R
     """
     from stages.llm.llama_cpp import llama_server
 
+    release = release_for(folder, chat)
+    with llama_server(folder / gguf_name(release.serve), chat.context_tokens, parallel, started) as endpoint:
+        if chat_sha256(embedded_template(endpoint), chat.system_prompt) != release.chat_sha256:
+            raise BadModelFile(f"{folder}: the chat template in {gguf_name(release.serve)} is not the release's; {REBUILD}")
+        yield release, endpoint
+
+
+def release_for(folder: Path, chat: Chat) -> Release:
+    """As `read_release`. Raises BadParams when params.yaml has another system prompt than the model was exported with."""
     release = read_release(folder)
     if chat.system_prompt != release.system_prompt:
         raise BadParams(
             f"params.yaml: chat.system_prompt is not the one that {folder} was exported with "
             f"({release.system_prompt[:60]!r}); bring the model up to date with: dvc repro export"
         )
-    with llama_server(folder / gguf_name(release.serve), chat.context_tokens, parallel) as endpoint:
-        if chat_sha256(embedded_template(endpoint), chat.system_prompt) != release.chat_sha256:
-            raise BadModelFile(f"{folder}: the chat template in {gguf_name(release.serve)} is not the release's; {REBUILD}")
-        yield release, endpoint
+    return release
 
 
 def embedded_template(endpoint: Endpoint) -> str:

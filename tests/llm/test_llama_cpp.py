@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from stages.llm.llama_cpp import idle_cores, llama_server
+from stages.llm.llama_cpp import llama_server
 from stages.models import find_model
 from stages.program import BadModelFile, ServerFailed
 
@@ -76,16 +76,3 @@ def test_a_killed_program_takes_its_server_with_it() -> None:
     while listens(url) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not listens(url)
-
-
-def test_cores_that_others_use_are_not_counted_as_idle() -> None:
-    cores = len(os.sched_getaffinity(0))
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
-    try:
-        time.sleep(0.3)
-        assert idle_cores() == 1
-    finally:
-        for process in busy:
-            process.kill()
-            process.wait()
-    assert 1 <= idle_cores() <= cores
