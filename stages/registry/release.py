@@ -8,13 +8,13 @@ from typing import Any
 
 from stages.files import sha256_of_file
 from stages.program.errors import BadModelFile
-from stages.release import RELEASE_FILE, SUMS_FILE, gguf_name, read_release
+from stages.release import RELEASE_FILE, SOURCES_FILE, SUMS_FILE, gguf_name, read_release
 from stages.tracking import project_root
 
 
 @contextlib.contextmanager
 def release_of(tags: Mapping[str, str]) -> Iterator[Path]:
-    """A folder with what serves the version with these tags: its GGUF file, release.json and SHA256SUMS, checked against the tags.
+    """A folder with what serves the version with these tags: its GGUF file, release.json, sources and SHA256SUMS, checked.
 
     They are used where the version was exported, else linked from DVC's cache for as long as the block lasts, and fetched into it
     from DVC's remote where they are not there. Raises BadModelFile.
@@ -52,7 +52,7 @@ def _link_from_dvc(tags: Mapping[str, str], folder: Path) -> str:
     if "gguf_md5" not in tags:
         return "DVC did not know its files when it was registered"
     whole = HashInfo("md5", tags["gguf_md5"])
-    names = {RELEASE_FILE, SUMS_FILE, gguf_name(tags["quant"])}
+    names = {RELEASE_FILE, SOURCES_FILE, SUMS_FILE, gguf_name(tags["quant"])}
     try:
         with Repo(str(project_root())) as repo:
             cache = repo.cache.local
