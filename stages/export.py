@@ -19,21 +19,20 @@ from typing import Any, Literal
 import msgspec
 
 from stages.chats import chat_sha256, tokens_and_mask, with_system
+from stages.chats.template import check_template
 from stages.files import new_folder, sha256_of, sha256_of_file, write_json, write_text
 from stages.models.gguf import read_gguf
 from stages.models.memory import is_out_of_memory, short_of_memory
 from stages.pages import template
 from stages.params import Chat, Models, NonNegative, Share
 from stages.program import BadInput, BadModelFile, BadParams, LimitBroken, OutOfMemory, run, say
-from stages.records import Chunk, Example, Message, Pair, Passage, Question, Trained, by_id, read_records, write_records
-from stages.release import ADAPTER_FILE, SOURCES_FILE, Release, ask, embedded_template, gguf_name, write_release
+from stages.records import Chunk, Example, Message, Pair, Passage, Question, Trained, read_records, write_records
+from stages.release import ADAPTER_FILE, CARD_FILE, SOURCES_FILE, Release, ask, embedded_template, gguf_name, write_release
 from stages.release.divergence import Divergence, Text
-from stages.chats.template import check_template
 from stages.screening import redacted, secrets_in
 
 Quant = Literal["q8_0", "q4_k_m", "q5_k_m", "q6_k", "f16"]
 CLOSEST = ("f16", "q8_0")
-CARD = "README.md"
 MAX_HELD_OUT_TOKENS = 2_000  # some 900 positions: a mean KL of 0.010 is known to 0.001
 MAX_IMPORTANCE_TOKENS = 16_000
 COMPARED_TOKENS = 64
@@ -60,9 +59,7 @@ class Quality(msgspec.Struct, frozen=True):
     passes: bool
 
 
-def main(
-    data: Path, adapter: Path, merged: Path, gguf: Path, metrics: Path, export: Params, models: Models, chat: Chat
-) -> None:
+def main(data: Path, adapter: Path, merged: Path, gguf: Path, metrics: Path, export: Params, models: Models, chat: Chat) -> None:
     from stages.llm.llama_cpp import idle_cores
     from stages.models import as_hf_folder, free_cores, load_tokenizer, model_sha256
 
@@ -126,7 +123,7 @@ def main(
         write_records(draft / SOURCES_FILE, sources)
         trained_on = (len(examples), sha256_of_file(data / "train.jsonl"))
         card = {"distance": distances[shipped.quant], "measured_on": measured_on, "trained_on": trained_on}
-        write_text(draft / CARD, model_card(release, qualities, export, stated_licence(models.base), card))
+        write_text(draft / CARD_FILE, model_card(release, qualities, export, stated_licence(models.base), card))
         write_release(draft, release)
 
     lineage = {"base_sha256": release.base_sha256, "merged_sha256": sha256_of(merged), "chat_sha256": release.chat_sha256}
@@ -180,7 +177,10 @@ def without_secrets(text: str) -> str:
 
 def conversations(examples: Sequence[Example], tokenizer: Any, chat: Chat) -> list[tuple[list[int], list[int]]]:
     """Token ids and mask of each of `examples`, in the order of their ids: one that has nothing to do with their subjects."""
-    return [tokens_and_mask(tokenizer, with_system(chat.system_prompt, one.messages)) for one in sorted(examples, key=lambda one: one.id)]
+    return [
+        tokens_and_mask(tokenizer, with_system(chat.system_prompt, one.messages))
+        for one in sorted(examples, key=lambda one: one.id)
+    ]
 
 
 def held_out_texts(questions: Sequence[Question], tokenizer: Any, chat: Chat) -> tuple[str, list[Text]]:
@@ -305,9 +305,7 @@ def quantise(source: Path, target: Path, quant: str, threads: int, matrix: Path 
     _run_module("stages.release.quantise", str(source), str(target), quant, str(threads), *options)
 
 
-def measure(
-    whole: Path, files: Mapping[str, Path], texts: Sequence[Text], logits: Any, threads: int
-) -> dict[str, Divergence]:
+def measure(whole: Path, files: Mapping[str, Path], texts: Sequence[Text], logits: Any, threads: int) -> dict[str, Divergence]:
     """How far each of `files` is from `whole`, by quant, and as "bf16" how far `whole` is from `logits`, of the first text."""
     import numpy as np
 
@@ -363,13 +361,15 @@ def stated_licence(reference: str) -> str:
     if path.suffix == ".gguf":
         return str(read_gguf(path).values.get("general.license", ""))
     page = path / "README.md"
-    found = re.match(r"---\n.*?^license: *([\w.-]+)", page.read_text(encoding="utf-8", errors="replace"), re.S | re.M) if page.is_file() else None
+    found = (
+        re.match(r"---\n.*?^license: *([\w.-]+)", page.read_text(encoding="utf-8", errors="replace"), re.S | re.M)
+        if page.is_file()
+        else None
+    )
     return found[1] if found else ""
 
 
-def model_card(
-    release: Release, qualities: Mapping[str, Quality], export: Params, licence: str, more: Mapping[str, Any]
-) -> str:
+def model_card(release: Release, qualities: Mapping[str, Quality], export: Params, licence: str, more: Mapping[str, Any]) -> str:
     """README.md of the release: what it is made of, how good each file is, how to run it."""
     rows = [
         (
@@ -383,7 +383,9 @@ def model_card(
     ]
     shipped = gguf_name(release.serve)
     return str(
-        template("model_card.md.jinja").render(release=release, rows=rows, export=export, licence=licence, shipped=shipped, **more)
+        template("model_card.md.jinja").render(
+            release=release, rows=rows, export=export, licence=licence, shipped=shipped, **more
+        )
     )
 
 

@@ -31,7 +31,7 @@ from stages.pages import (
     template,
 )
 from stages.params import Count
-from stages.program import BadInput, BadParams, LimitBroken, run, say
+from stages.program import BadInput, LimitBroken, run, say
 from stages.records import Answer, Coverage, Document, Finding, Question, Rejected, Score, by_id, read_records
 from stages.scoreboard import Scoreboard, SetScores, brief, figure, in_order, read_scoreboard
 from stages.verdict import Gate, Gates, judge

@@ -17,7 +17,16 @@ TEXTS = {
 def write_data(folder: Path) -> None:
     """chunks.jsonl, pairs.jsonl, train.jsonl and questions.jsonl. Of four pairs, one of `stand` and one of `light` were not trained."""
     chunks = [
-        Chunk(id=name, document_id="d", section_id=name, path="lamp.md", heading_path=("Lamp", name), start=10, end=10 + len(text), text=text)
+        Chunk(
+            id=name,
+            document_id="d",
+            section_id=name,
+            path="lamp.md",
+            heading_path=("Lamp", name),
+            start=10,
+            end=10 + len(text),
+            text=text,
+        )
         for name, text in TEXTS.items()
     ]
     asked = {"b1": ("battery", "How long does it last?"), "l1": ("light", "How bright is it?"), "l2": ("light", "What is its token?"),

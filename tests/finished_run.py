@@ -37,7 +37,12 @@ METRICS: dict[str, dict[str, Any]] = {
     "export": {
         "files": {
             f"docsmith-{quant}.gguf": {
-                "bytes": 144_811_000, "quant": quant, "sha256": DIGEST[quant], "mean_kl": kl, "same_top": top, "passes": kl < 0.03
+                "bytes": 144_811_000,
+                "quant": quant,
+                "sha256": DIGEST[quant],
+                "mean_kl": kl,
+                "same_top": top,
+                "passes": kl < 0.03,
             }
             for quant, kl, top in (("q8_0", 0.0096, 0.961), ("q4_k_m", 0.1798, 0.829))
         },

@@ -10,7 +10,7 @@ import pytest
 from finished_run import GATES, METRICS, PARAMS, finding, questions_of, scoreboard, section, write_run, write_scores
 
 from stages.pages import MAX_CHARACTERS, NOT_MEASURED
-from stages.program import BadInput, BadParams, LimitBroken
+from stages.program import BadInput, LimitBroken
 from stages.records import Question, Score, read_records, write_records
 from stages.report import Params, duration, finding_rows, main, pick_samples, run_rows, spread
 from stages.scoreboard import Interval
@@ -44,7 +44,10 @@ def test_the_report_opens_with_the_verdict_and_the_gates_and_shows_rejections_fi
     assert gates["questions"] == ["passed", "", "5", "recall has 6 questions of 12 sections"]
     assert "Of 1,234 candidates 456 became pairs and 778 were rejected." in markdown
     assert markdown.count("| quote-not-in-chunk, answer-too-short | Port? |") == 5
-    assert "| Training time | 12 min 34 s |" in markdown and "| docsmith-q8\\_0.gguf | 144.8 MB | 0.0096 | 96.1% | ships: the smallest that passes |" in markdown
+    assert (
+        "| Training time | 12 min 34 s |" in markdown
+        and "| docsmith-q8\\_0.gguf | 144.8 MB | 0.0096 | 96.1% | ships: the smallest that passes |" in markdown
+    )
     assert "| handbook | 7 | files without a revision |" in markdown and "| documents.jsonl | 7 | " in markdown
     assert "````yaml\nmodels: {base" in markdown and "![Scores by system with intervals](scores.png)" in markdown
     for text in ("Docsmith: promote", "0.781 [0.741 to 0.821]", "144.8 MB", "quote-not-in-chunk, answer-too-short"):

@@ -19,6 +19,7 @@ MAX_STRINGS = 2_000_000
 MAX_KEY_BYTES = 65_535
 MAX_NAME_BYTES = 63
 MAX_DIMENSIONS = 4
+NO_TOKEN = 2**32 - 1
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # types of values
 UINT32, INT32, FLOAT32, STRING, ARRAY = 4, 5, 6, 8, 9
 # type of a tensor: values in a block, bytes of a block (ggml's type traits)
@@ -166,9 +167,9 @@ def _check_values(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
     if not tokens or any(values[key].length != tokens for key in PER_TOKEN if key in values):
         raise _Fault(f"it has {tokens:,} tokens, and not a score and a type for each")
     for key, value in values.items():
-        if key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
-            if kinds[key] != UINT32 or (value >= tokens and value != 2**32 - 1):  # -1: none
-                raise _Fault(f"{key} is {value!r}, and there are {tokens:,} tokens")
+        is_token = key.startswith("tokenizer.ggml.") and key.endswith("_token_id")
+        if is_token and (kinds[key] != UINT32 or (value >= tokens and value != NO_TOKEN)):
+            raise _Fault(f"{key} is {value!r}, and there are {tokens:,} tokens")
 
 
 def _tensors(reader: _Reader, count: int, alignment: int) -> dict[str, tuple[int, ...]]:

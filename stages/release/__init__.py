@@ -8,16 +8,17 @@ from typing import Any
 import msgspec
 
 from stages.chats import chat_sha256
+from stages.chats.template import check_template
 from stages.files import sha256_of_file, write_json, write_text
 from stages.llm.endpoint import Endpoint
 from stages.models.gguf import read_gguf
 from stages.params import Chat
 from stages.program.errors import BadModelFile, BadParams, ServerFailed
-from stages.chats.template import check_template
 
 RELEASE_FILE = "release.json"
 SUMS_FILE = "SHA256SUMS"
 SOURCES_FILE = "sources.jsonl"  # a Passage a line
+CARD_FILE = "README.md"
 ADAPTER_FILE = "docsmith-adapter.gguf"  # the adapter alone, for llama.cpp with a GGUF file of the base model
 REBUILD = "rebuild it with: dvc repro --force export"
 REQUEST_S = 600  # for one answer; a long queue on two cores takes minutes
@@ -74,7 +75,7 @@ def check_served(gguf: Path, release: Release) -> None:
     """Raises BadModelFile unless `gguf` is safe to open, and its chat template is the release's and renders a chat in a sandbox."""
     chat_template = read_gguf(gguf).values.get("tokenizer.chat_template", "")
     if chat_sha256(chat_template, release.system_prompt) != release.chat_sha256:
-        raise BadModelFile(f"{gguf}: its chat template is not the release's; {REBUILD}")
+        raise BadModelFile(f"{gguf.parent}: the chat template in {gguf.name} is not the release's; {REBUILD}")
     check_template(chat_template, str(gguf))
 
 
