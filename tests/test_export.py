@@ -31,7 +31,6 @@ from stages.export import (
     main,
     measure,
     merge,
-    passages,
     quality,
     quantise,
     save_importance,
@@ -42,9 +41,9 @@ from stages.files import sha256_of, sha256_of_file
 from stages.models import find_model, load_tokenizer
 from stages.params import Models
 from stages.program import BadInput, BadModelFile, BadParams, LimitBroken
-from stages.records import Chunk, Example, Message, Pair, Passage, Question, read_records
+from stages.records import Example, Message, Passage, Question, read_records
 from stages.release import Release, ask, plain_text, read_release
-from stages.release.divergence import Divergence, Text, divergence, log_probabilities
+from stages.release.divergence import Divergence, divergence, log_probabilities
 
 HARD_TEXT = "In 2024, 3.50$ (\"foo.bar\")\n\n  - `x_y` don't I'LL 12345 <= é 🚀 日本\t<b>"
 
