@@ -35,7 +35,6 @@ Quant = Literal["q8_0", "q4_k_m", "q5_k_m", "q6_k", "f16"]
 CLOSEST = ("f16", "q8_0")
 MAX_HELD_OUT_TOKENS = 2_000  # some 900 positions: a mean KL of 0.010 is known to 0.001
 MAX_IMPORTANCE_TOKENS = 16_000
-COMPARED_TOKENS = 64
 MAX_LOGIT_DIFFERENCE = 0.05  # of merged and adapter, both in fp32, which rounding moves by less than 0.001
 
 
@@ -79,7 +78,7 @@ def main(data: Path, adapter: Path, merged: Path, gguf: Path, metrics: Path, exp
         tokenizer.save_pretrained(draft)
     seconds["merge"] = round(time.monotonic() - started, 1)
 
-    with new_folder(gguf) as draft, tempfile.TemporaryDirectory(dir=gguf.parent) as folder:
+    with new_folder(gguf) as draft, tempfile.TemporaryDirectory(dir=gguf.parent, prefix=".export-") as folder:
         started = time.monotonic()
         whole = Path(folder) / "bf16.gguf"
         convert(merged, whole, adapter, draft / ADAPTER_FILE)
@@ -184,7 +183,7 @@ def conversations(examples: Sequence[Example], tokenizer: Any, chat: Chat) -> li
 
 
 def held_out_texts(questions: Sequence[Question], tokenizer: Any, chat: Chat) -> tuple[str, list[Text]]:
-    """The set that files are measured on, and its questions with their answers in chat form, up to MAX_HELD_OUT_TOKENS.
+    """The set that files are measured on, and its questions with their answers in chat form, up to MAX_HELD_OUT_TOKENS, shortest first.
 
     Those of sections that were never trained, since a trained answer is known by heart and hides what quantisation loses; of answers
     in chat form, since that is what users get. Where no section was held out, those that word trained facts anew. Raises BadInput.
@@ -199,7 +198,7 @@ def held_out_texts(questions: Sequence[Question], tokenizer: Any, chat: Chat) ->
             if sum(len(text.ids) for text in texts) + end <= MAX_HELD_OUT_TOKENS:
                 texts.append(Text(tuple(ids[:end]), mask.index(1)))
         if texts:
-            return name, texts
+            return name, sorted(texts, key=lambda text: len(text.ids))
     raise BadInput("data/questions.jsonl holds no questions, on which the files could be measured; raise split.held_out_share")
 
 
@@ -229,8 +228,8 @@ def merge(base: Path, adapter: Path, folder: Path, ids: Sequence[int]) -> tuple[
     """Writes the base model with the adapter added to its weights: added in fp32, saved as bf16 safetensors.
 
     Gives the largest difference between the logits of the adapted and of the merged model on the tokens `ids`, and those of the
-    merged one, of the shape (tokens, words); the first COMPARED_TOKENS count. Raises BadModelFile when the adapter's weights do not
-    fit the base, one by one, or when merging changes what the model says.
+    merged one, of the shape (tokens, words). Raises BadModelFile when the adapter's weights do not fit the base, one by one, or when
+    merging changes what the model says.
     """
     import torch
     from peft import PeftModel, get_peft_model_state_dict
@@ -252,7 +251,7 @@ def merge(base: Path, adapter: Path, folder: Path, ids: Sequence[int]) -> tuple[
         raise BadModelFile(
             f"{adapter} does not fit models.base: {len(left_over)} weights have no counterpart, as {min(left_over)}"
         )
-    given = torch.tensor([list(ids[:COMPARED_TOKENS])])
+    given = torch.tensor([list(ids)])
     with torch.no_grad():
         of_adapter = tuned(given).logits[0]
         whole = tuned.merge_and_unload()

@@ -246,7 +246,7 @@ def register(client: Any, tracking: Tracking, tags: dict[str, str], run_id: str,
 def described(gguf: Path, tags: Mapping[str, str]) -> str:
     """What MLflow shows of a version: the verdict, and the release's model card with the scores, which export could not know."""
     card = gguf / CARD_FILE
-    text = card.read_text(encoding="utf-8").rpartition("---\n")[2].partition("\n## Scores\n")[0] if card.is_file() else ""
+    text = card.read_text(encoding="utf-8").partition("\n---\n")[2].partition("\n## Scores\n")[0] if card.is_file() else ""
     scores = [[*key.split("."), tags[key]] for key in sorted(tags) if key.startswith(("similarity.", "abstained."))]
     table = markdown_table(["measure", "set", "means with intervals"], scores)
     return f"{tags['verdict']}: {tags['verdict_reason']}\n{text}\n## Scores\n\n{table}"[:MAX_DESCRIPTION]

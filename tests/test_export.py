@@ -472,7 +472,7 @@ def test_files_are_measured_on_answers_about_sections_that_were_never_trained(ba
     name, texts = held_out_texts(asked, tokenizer, CHAT)
     assert (name, [tokenizer.decode(text.ids[text.start :]) for text in texts]) == (
         "held_out",
-        ["Nine hours, at half brightness.<|im_end|>", "It is oak.<|im_end|>"],
+        ["It is oak.<|im_end|>", "Nine hours, at half brightness.<|im_end|>"],
     )
     assert tokenizer.decode(texts[0].ids[: texts[0].start]).endswith("What?<|im_end|>\n<|im_start|>assistant\n")
     assert held_out_texts(asked[:1], tokenizer, CHAT)[0] == "recall"

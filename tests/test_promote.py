@@ -120,6 +120,7 @@ def write_model(folder: Path, weights: str = "weights", says: dict[str, str] = R
         context_tokens=64,
         max_new_tokens=8,
     )
+    (models / "README.md").write_text("---\nlicense: x\n---\n\n# Card of the lamps\n\n## Scores\n\nthose of MLflow\n")
     write_release(models, release)
     write_records(folder / "data/exam.jsonl", QUESTIONS)
     (folder / "data/train.jsonl").write_text("")
@@ -449,6 +450,7 @@ def test_a_version_has_its_lineage_its_scores_and_every_gate_in_tags(local: Proj
         "train_path": "data/train.jsonl", "train_md5": hashlib.md5(b"").hexdigest(),
         "exam_path": "data/exam.jsonl", "exam_md5": hashlib.md5(Path("data/exam.jsonl").read_bytes()).hexdigest(),
         "sha256sums": sha256_of_file(Path("models/gguf/SHA256SUMS")), "sha256.release.json": sha256_of_file(release),
+        "sha256.README.md": sha256_of_file(release.with_name("README.md")),
         "sha256.docsmith-q8_0.gguf": hashlib.sha256(model_file("weights")).hexdigest(),
         "similarity.recall": "base 0.682 [0.650 to 0.700], tuned 0.824 [0.800 to 0.850], q8_0 0.682 [0.650 to 0.700]",
     }  # fmt: skip
@@ -461,6 +463,8 @@ def test_a_version_has_its_lineage_its_scores_and_every_gate_in_tags(local: Proj
         "not measured",
     )
     assert version.source.startswith("models:/m-")
+    assert "# Card of the lamps" in version.description and "license: x" not in version.description
+    assert "| similarity | recall | base 0" in version.description and "those of MLflow" not in version.description
     assert version.description.startswith("promote: tuned - base on 12 recall questions is 0.142")
     assert not list(Path().rglob("mlruns/**/*.gguf")), "model files are registered by reference"
 

@@ -5,7 +5,7 @@ own: native code may crash. Holds the reference's log probabilities: 4 bytes for
 import ctypes
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ class Divergence(NamedTuple):
     positions: int
 
 
-def divergence(reference: Sequence[Any], other: Sequence[Any]) -> Divergence:
+def divergence(reference: Iterable[Any], other: Iterable[Any]) -> Divergence:
     """The Divergence of log probabilities, each text an array of the shape (positions, words)."""
     import numpy as np
 
@@ -88,10 +88,10 @@ def main(texts: str, figures: str, threads: str, reference: str, *others: str) -
     expected = list(of_model(Path(reference), given, int(threads)))
     found: dict[str, tuple[float, float, int]] = {}
     if (saved := Path(texts).with_suffix(".npy")).is_file():  # logits of the first text, as transformers has them
-        whole = log_probabilities(np.load(saved, allow_pickle=False))
+        whole = log_probabilities(np.load(saved, allow_pickle=False)[given[0].start - 1 : -1])
         found[Path(reference).stem] = divergence([whole], expected[:1])
     for other in others:
-        found[Path(other).stem] = divergence(expected, list(of_model(Path(other), given, int(threads))))
+        found[Path(other).stem] = divergence(expected, of_model(Path(other), given, int(threads)))
     Path(figures).write_text(json.dumps(found))
 
 
