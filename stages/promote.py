@@ -19,20 +19,21 @@ import msgspec
 from stages.files import sha256_of_file
 from stages.llm import Store, request_key
 from stages.models import load_embedder
-from stages.pages import read_figures
+from stages.pages import markdown_table, read_figures
 from stages.params import Chat, Models, Tracking
 from stages.program import BadInput, BadModelFile, Busy, LimitBroken, run, say
 from stages.records import Answer, Question, Score, by_id, content_id, read_records
 from stages.registry import CHALLENGER, CHAMPION, PREVIOUS, aliases, change, changing, connected, mend, version_named, version_of
 from stages.registry.answers import kept_answers, log_table, table_of
 from stages.registry.release import release_of
-from stages.release import SUMS_FILE, Release, gguf_name, plain_text, read_release
+from stages.release import CARD_FILE, SUMS_FILE, Release, gguf_name, plain_text, read_release
 from stages.scoreboard import Scoreboard, brief, in_order, read_scoreboard
 from stages.scoring import Scoring, score_answers
 from stages.systems import Asking, ask_llama, requests_for
 from stages.tracking import experiment_of, folder_md5, git_commit
 from stages.verdict import Gate, Gates, Verdict, champion_gate, judge, outcome_of
 
+MAX_DESCRIPTION = 5000  # characters that MLflow's table of versions holds
 SCORED = ("export", "answer", "evaluate")  # the stages between an adapter and its scores
 
 
@@ -222,7 +223,7 @@ def log_datasets(client: Any, run_id: str, used: Mapping[str, tuple[Path, str]])
     client.log_inputs(run_id, inputs)
 
 
-def register(client: Any, tracking: Tracking, tags: dict[str, str], run_id: str) -> str:
+def register(client: Any, tracking: Tracking, tags: dict[str, str], run_id: str, description: str) -> str:
     """The version with these tags: the one whose `sha256sums` is the same, with its tags brought up to date, or a new one."""
     import mlflow
 
@@ -238,8 +239,17 @@ def register(client: Any, tracking: Tracking, tags: dict[str, str], run_id: str)
         model = left[0] if left else mlflow.create_external_model(name, source_run_id=run_id, tags=tags, model_type="gguf")
         with contextlib.redirect_stderr(io.StringIO()):  # MLflow's own lines about what the last line says
             version = str(mlflow.register_model(f"models:/{model.model_id}", name, tags=tags).version)
-    client.update_model_version(name, version, f"{tags['verdict']}: {tags['verdict_reason']}")
+    client.update_model_version(name, version, description)
     return version
+
+
+def described(gguf: Path, tags: Mapping[str, str]) -> str:
+    """What MLflow shows of a version: the verdict, and the release's model card with the scores, which export could not know."""
+    card = gguf / CARD_FILE
+    text = card.read_text(encoding="utf-8").partition("\n---\n")[2].partition("\n## Scores\n")[0] if card.is_file() else ""
+    scores = [[*key.split("."), tags[key]] for key in sorted(tags) if key.startswith(("similarity.", "abstained."))]
+    table = markdown_table(["measure", "set", "means with intervals"], scores)
+    return f"{tags['verdict']}: {tags['verdict_reason']}\n{text}\n## Scores\n\n{table}"[:MAX_DESCRIPTION]
 
 
 def roll_back(client: Any, name: str) -> str:
@@ -314,7 +324,7 @@ def main(
                 raise Busy(f"version {found} became champion while this model was compared. Nothing was registered. Run it again")
             run_id = run_of_version(client, tracking, figures.get("train", {}).get("mlflow_run_id", ""), key)
             log_datasets(client, run_id, {"evaluation": (exam, hashes.get(exam.as_posix()) or board.questions_sha256[:36])})
-            version = register(client, tracking, tags | log_table(client, run_id, table), run_id)
+            version = register(client, tracking, tags | log_table(client, run_id, table), run_id, described(gguf, tags))
             say(f"promote: {name_version(client, name, version, verdict, force, turn.at)}")
 
 

@@ -31,7 +31,7 @@ from stages.pages import (
     template,
 )
 from stages.params import Count
-from stages.program import BadInput, BadParams, LimitBroken, run, say
+from stages.program import BadInput, LimitBroken, run, say
 from stages.records import Answer, Coverage, Document, Finding, Question, Rejected, Score, by_id, read_records
 from stages.scoreboard import Scoreboard, SetScores, brief, figure, in_order, read_scoreboard
 from stages.verdict import Gate, Gates, judge
@@ -181,7 +181,7 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def run_rows(train: dict[str, Any], export: dict[str, Any], answer: dict[str, Any], systems: Sequence[str]) -> list[Row]:
+def run_rows(train: dict[str, Any], answer: dict[str, Any], systems: Sequence[str]) -> list[Row]:
     """The table that the recipe ends with, for this run: time, trainer, sizes, speeds, memory, accelerator."""
     rows: list[Row] = [
         ("Training time", duration(dig(train, "seconds"))),
@@ -193,11 +193,23 @@ def run_rows(train: dict[str, Any], export: dict[str, Any], answer: dict[str, An
         ("Final training loss", measured(dig(train, "final_loss"), "{:.3f}")),
         ("Dev loss", measured(dig(train, "dev_loss"), "{:.3f}")),
     ]
-    for name in sorted(dig(export, "files") or {}):
-        size = dig(export, "files", name, "bytes")
-        rows.append((f"Size of {name}", measured(None if size is None else size / 1e6, "{:,.1f} MB")))
     for system in systems:
         rows.append((f"Inference speed, {system}", measured(dig(answer, "systems", system, "tokens_per_s"), "{:,.0f} tokens/s")))
+    return rows
+
+
+def quant_rows(export: dict[str, Any], settings: dict[str, Any]) -> list[Row]:
+    """(file, size, mean KL, same top token, verdict) of each GGUF file, smallest first; the first that passes ships."""
+    limits = [dig(settings, "export", name) for name in ("max_kl", "min_same_top")]
+    files = sorted((dig(export, "files") or {}).items(), key=lambda file: dig(file[1], "bytes") or 0)
+    rows = []
+    for name, file in files:
+        kept = "passes" if dig(file, "passes") else f"fails: the limits are {limits[0]} and {limits[1]}"
+        if dig(file, "quant") == dig(export, "serve"):
+            kept = "ships: the smallest that passes"
+        kl, top = (measured(dig(file, key), form) for key, form in (("mean_kl", "{:.4f}"), ("same_top", "{:.1%}")))
+        size = dig(file, "bytes")
+        rows.append((name, measured(None if size is None else size / 1e6, "{:,.1f} MB"), kl, top, kept))
     return rows
 
 
@@ -395,14 +407,14 @@ def main(
     import yaml
 
     settings = yaml.safe_load(params.read_text(encoding="utf-8"))
-    served = dig(settings, "export", "serve")
-    if not served:
-        raise BadParams(f"{params}: export.serve is missing; it names the quant that is shipped, as q8_0")
     board = read_scoreboard(metrics / "evaluate.json")
     figures = {path.stem: read_figures(path) for path in sorted(metrics.glob("*.json"))}
     ingest, measure, validate, split, train, export, answer = (
         figures.get(name, {}) for name in ("ingest", "measure", "validate", "split", "train", "export", "answer")
     )
+    served = dig(export, "serve")
+    if not served:
+        raise BadInput(f"{metrics / 'export.json'} does not say which file ships. Run: dvc repro --force export")
     questions = read_records(data / "exam.jsonl", Question)
     said = [one for path in sorted((data / "answers").glob("*.jsonl")) for one in read_records(path, Answer)]
     answers = {(one.question_id, one.system): one for one in said}
@@ -412,10 +424,11 @@ def main(
     rows = {
         "by_rule": rule_rows(SUITE, (dig(validate, "by_rule") or {}) | (dig(validate, "flagged") or {})),
         "quality": quality_rows(ingest, measure, validate, split),
-        "run": run_rows(train, export, answer, systems_of(board)),
+        "run": run_rows(train, answer, systems_of(board)),
         "sources": source_rows(read_records(data / "documents.jsonl", Document)),
         "files": _lineage(data),
         "models": model_rows(settings, board),
+        "quants": quant_rows(export, settings),
     }
     draw_scores(board, scores_picture)
     draw_loss(read_curves(curves), loss_picture)

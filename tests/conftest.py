@@ -149,7 +149,9 @@ def exported(base_folder: Path, adapter_folder: Path, tmp_path_factory: pytest.T
     import contextlib
     import io
 
-    from stages.export import Params, main
+    from export_data import EXPORT, write_data
+
+    from stages.export import main
 
     project = tmp_path_factory.mktemp("project")
     (project / "params.yaml").write_text(PARAMS, encoding="utf-8")
@@ -157,9 +159,9 @@ def exported(base_folder: Path, adapter_folder: Path, tmp_path_factory: pytest.T
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.chdir(project)
-        export = Params(quants=("q8_0", "q4_k_m"), serve="q8_0")
+        write_data(project / "data")
         models = Models(base=str(base_folder), teacher=BASE, embedder=MODELS.embedder)
-        main(adapter_folder, merged, gguf, metrics, export, models, CHAT)
+        main(project / "data", adapter_folder, merged, gguf, metrics, EXPORT, models, CHAT)
     return Exported(project, base_folder, adapter_folder, merged, gguf, metrics, said.getvalue())
 
 

@@ -30,16 +30,23 @@ MEANS = {
 OF_SET = {"recall": (6, 0.0), "held_out": (3, -0.3), "gold": (4, -0.1), "out_of_scope": (3, 0.0), "general": (2, 0.02)}
 DIGEST = {name: content_id(name) * 4 for name in (*MEANS, "chat", "questions")}
 PARAMS = """models: {base: "pkg:base/model.gguf"}
-export: {serve: q8_0}
 report: {samples: 3}  # a comment with ``` in it
 """
 METRICS: dict[str, dict[str, Any]] = {
     "train": {"seconds": 754.2, "trainer": "trl", "device": "cpu", "steps": 320, "tokens_per_s": 584.6, "final_loss": 0.4127},
     "export": {
         "files": {
-            f"docsmith-{quant}.gguf": {"bytes": 144_811_000, "quant": quant, "sha256": DIGEST[quant]}
-            for quant in ("q8_0", "q4_k_m")
+            f"docsmith-{quant}.gguf": {
+                "bytes": 144_811_000,
+                "quant": quant,
+                "sha256": DIGEST[quant],
+                "mean_kl": kl,
+                "same_top": top,
+                "passes": kl < 0.03,
+            }
+            for quant, kl, top in (("q8_0", 0.0096, 0.961), ("q4_k_m", 0.1798, 0.829))
         },
+        "serve": "q8_0",
         "merged_sha256": DIGEST["tuned"],
         "chat_sha256": DIGEST["chat"],
     },

@@ -56,7 +56,7 @@ SETTINGS = {
     "chat": {"max_new_tokens": 24},
     "exam": {"max_general": 6, "max_out_of_scope": 6},
     "answer": {"concurrency": 4, "systems": ["base", "tuned", "tuned_rag"]},
-    "export": {"quants": ["q8_0"], "serve": "q8_0"},
+    "export": {"quants": ["q8_0"]},
     "evaluate": {"resamples": 200},
 }
 

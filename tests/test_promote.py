@@ -14,11 +14,14 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 from conftest import BASE, MODELS
+from crafted_gguf import STRING, TEMPLATE, gguf, text, value
 
 from stages import registry
+from stages.chats import chat_sha256
 from stages.files import sha256_of_file
 from stages.llm import Reply, Store, request_key
 from stages.models import find_model
+from stages.models.gguf import read_gguf
 from stages.params import Chat, Tracking
 from stages.program import BadInput, BadModelFile, Busy, LimitBroken
 from stages.promote import champion_answers, main, md5_of, verify_checksums
@@ -32,6 +35,7 @@ from stages.scoring import Scoring
 from stages.systems import Asking, requests_for
 from stages.verdict import Gates
 
+CHAT_SHA256, OTHER_CHAT = chat_sha256(TEMPLATE, "Be brief."), chat_sha256(TEMPLATE, "Be long.")
 GATES = Gates(
     min_recall_gain=0.0,
     max_gguf_loss=0.03,
@@ -93,18 +97,22 @@ class Project(NamedTuple):
         return not self.client.search_registered_models(f"name = '{self.tracking.model_name}.lock'")
 
 
+def model_file(weights: str) -> bytes:
+    return gguf({"weights": value("docsmith.weights", STRING, text(weights))})
+
+
 def write_model(folder: Path, weights: str = "weights", says: dict[str, str] = RIGHT, similarity: float = 0.9) -> None:
     """Model files, questions, answers, scores and metrics in `folder`. The store of replies keeps what the shipped file `says`."""
     for name in ("models/gguf", "models/adapter", "reports/metrics", "data/answers"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "models/adapter/adapter_config.json").write_text("{}")
-    gguf = folder / "models/gguf"
-    (gguf / "docsmith-q8_0.gguf").write_text(weights)
+    models = folder / "models/gguf"
+    (models / "docsmith-q8_0.gguf").write_bytes(model_file(weights))
     release = Release(
         base="pkg:base",
         base_sha256="b1",
         adapter_sha256="a1",
-        chat_sha256="c1",
+        chat_sha256=CHAT_SHA256,
         system_prompt="Be brief.",
         control_tokens=("<|end|>",),
         quants=("q8_0",),
@@ -112,7 +120,8 @@ def write_model(folder: Path, weights: str = "weights", says: dict[str, str] = R
         context_tokens=64,
         max_new_tokens=8,
     )
-    write_release(gguf, release)
+    (models / "README.md").write_text("---\nlicense: x\n---\n\n# Card of the lamps\n\n## Scores\n\nthose of MLflow\n")
+    write_release(models, release)
     write_records(folder / "data/exam.jsonl", QUESTIONS)
     (folder / "data/train.jsonl").write_text("")
     scores = []
@@ -129,7 +138,7 @@ def write_model(folder: Path, weights: str = "weights", says: dict[str, str] = R
         write_records(folder / f"data/answers/{system}.jsonl", answers)
         scores += [score_of(answer, similarity) for answer in answers]
     write_records(folder / "data/scores.jsonl", scores)
-    served = gguf / "docsmith-q8_0.gguf"
+    served = models / "docsmith-q8_0.gguf"
     write_metrics(
         folder,
         validate={"pairs": 30},
@@ -138,7 +147,7 @@ def write_model(folder: Path, weights: str = "weights", says: dict[str, str] = R
         export={
             "files": {served.name: {"quant": "q8_0", "sha256": sha256_of_file(served)}},
             "merged_sha256": "m1",
-            "chat_sha256": "c1",
+            "chat_sha256": CHAT_SHA256,
         },
     )
     write_board(folder)
@@ -185,7 +194,7 @@ def write_board(folder: Path, gain: Interval = GAIN, **changed: Any) -> None:
         sets={"recall": recall},
         models={"base": "b1", "tuned": "m1", "q8_0": sha256_of_file(folder / "models/gguf/docsmith-q8_0.gguf")},
         questions_sha256=sha256_of_file(folder / "data/exam.jsonl"),
-        chat_sha256="c1",
+        chat_sha256=CHAT_SHA256,
         leaks=(),
     )
     write_metrics(folder, evaluate=msgspec.structs.replace(board, **changed))
@@ -333,19 +342,20 @@ def test_a_champion_whose_new_scores_do_not_support_it_stays_and_is_named(local:
 
 
 def test_a_champion_without_replies_is_asked_by_its_own_file_as_it_ships(tmp_path: Path, local: Project) -> None:
-    gguf, weights = tmp_path / "old", find_model(BASE)
-    gguf.mkdir()
-    (gguf / "docsmith-q8_0.gguf").symlink_to(weights)
+    old, weights = tmp_path / "old", find_model(BASE)
+    old.mkdir()
+    (old / "docsmith-q8_0.gguf").symlink_to(weights)
     fields = msgspec.structs.asdict(read_release(local.path("models/gguf"))) | {
         "system_prompt": "Answer in one word.",
+        "chat_sha256": chat_sha256(read_gguf(weights).values["tokenizer.chat_template"], "Answer in one word."),
         "context_tokens": 256,
     }
     release = Release(**fields)
-    write_release(gguf, release)
-    sums = verify_checksums(gguf)
+    write_release(old, release)
+    sums = verify_checksums(old)
     tags = {f"sha256.{name}": digest for name, digest in sums.items()} | {
-        "release": msgspec.json.encode(release).decode(), "quant": "q8_0", "gguf_path": str(gguf),
-        "sha256sums": sha256_of_file(gguf / "SHA256SUMS"),
+        "release": msgspec.json.encode(release).decode(), "quant": "q8_0", "gguf_path": str(old),
+        "sha256sums": sha256_of_file(old / "SHA256SUMS"),
     }  # fmt: skip
 
     class Version(NamedTuple):
@@ -354,7 +364,7 @@ def test_a_champion_without_replies_is_asked_by_its_own_file_as_it_ships(tmp_pat
     asked = {"q": msgspec.structs.replace(QUESTIONS[0], id="q", question="What is the capital of France?")}
     (answer,) = champion_answers(Version(tags), asked, tmp_path / "replies", ASKING)
     assert "Paris" in answer.text and (answer.question_id, answer.system) == ("q", "q8_0")
-    (gguf / "docsmith-q8_0.gguf").unlink()  # asked again, it answers from the store of replies
+    (old / "docsmith-q8_0.gguf").unlink()  # asked again, it answers from the store of replies
     assert champion_answers(Version(tags), asked, tmp_path / "replies", ASKING) == [answer]
     with pytest.raises(BadModelFile, match=r"docsmith-q8_0.gguf is missing .*; DVC did not know its files when"):
         champion_answers(Version(tags), asked, tmp_path / "other", ASKING)
@@ -385,10 +395,12 @@ def test_files_of_a_version_come_from_where_they_were_then_from_dvcs_cache_then_
         if not is_cached:
             shutil.rmtree(".dvc/cache")
         with release_of(tags) as folder:
-            assert (folder / "docsmith-q8_0.gguf").read_text() == "weights"
+            assert (folder / "docsmith-q8_0.gguf").read_bytes() == model_file("weights")
             assert sorted(path.name for path in folder.iterdir()) == ["SHA256SUMS", "docsmith-q8_0.gguf", "release.json"]
         assert not folder.exists()
-    weights = next(path for path in Path(".dvc/cache").rglob("*") if path.is_file() and path.read_bytes() == b"weights")
+    weights = next(
+        path for path in Path(".dvc/cache").rglob("*") if path.is_file() and path.read_bytes() == model_file("weights")
+    )
     weights.chmod(0o644)
     weights.write_text("weightz")
     weights.chmod(0o444)  # DVC trusts what is read-only
@@ -433,12 +445,13 @@ def test_a_version_has_its_lineage_its_scores_and_every_gate_in_tags(local: Proj
     assert told.pop("verdict_reason").startswith("tuned - base on 12 recall questions is 0.142 (95 % 0.110 to 0.170), all above")
     assert msgspec.json.decode(told.pop("release"), type=Release) == read_release(Path("models/gguf"))
     assert told == {
-        "quant": "q8_0", "base": "pkg:base", "base_sha256": "b1", "adapter_sha256": "a1", "chat_sha256": "c1", "verdict": "promote",
+        "quant": "q8_0", "base": "pkg:base", "base_sha256": "b1", "adapter_sha256": "a1", "chat_sha256": CHAT_SHA256, "verdict": "promote",
         "gguf_path": "models/gguf", "gguf_md5": gguf_md5, "adapter_path": "models/adapter", "adapter_md5": adapter_md5,
         "train_path": "data/train.jsonl", "train_md5": hashlib.md5(b"").hexdigest(),
         "exam_path": "data/exam.jsonl", "exam_md5": hashlib.md5(Path("data/exam.jsonl").read_bytes()).hexdigest(),
         "sha256sums": sha256_of_file(Path("models/gguf/SHA256SUMS")), "sha256.release.json": sha256_of_file(release),
-        "sha256.docsmith-q8_0.gguf": hashlib.sha256(b"weights").hexdigest(),
+        "sha256.README.md": sha256_of_file(release.with_name("README.md")),
+        "sha256.docsmith-q8_0.gguf": hashlib.sha256(model_file("weights")).hexdigest(),
         "similarity.recall": "base 0.682 [0.650 to 0.700], tuned 0.824 [0.800 to 0.850], q8_0 0.682 [0.650 to 0.700]",
     }  # fmt: skip
     gates = {key.removeprefix("gate."): value.partition(":")[0] for key, value in version.tags.items() if key.startswith("gate.")}
@@ -450,6 +463,8 @@ def test_a_version_has_its_lineage_its_scores_and_every_gate_in_tags(local: Proj
         "not measured",
     )
     assert version.source.startswith("models:/m-")
+    assert "# Card of the lamps" in version.description and "license: x" not in version.description
+    assert "| similarity | recall | base 0" in version.description and "those of MLflow" not in version.description
     assert version.description.startswith("promote: tuned - base on 12 recall questions is 0.142")
     assert not list(Path().rglob("mlruns/**/*.gguf")), "model files are registered by reference"
 
@@ -494,7 +509,7 @@ def test_a_version_gets_a_run_of_its_own_where_the_store_does_not_know_the_train
 
 def test_a_damaged_model_file_registers_nothing(local: Project) -> None:
     Path("models/gguf/docsmith-q8_0.gguf").write_text("weightz")
-    found, listed = (hashlib.sha256(text).hexdigest() for text in (b"weightz", b"weights"))
+    found, listed = (hashlib.sha256(text).hexdigest() for text in (b"weightz", model_file("weights")))
     with pytest.raises(BadModelFile, match=f"docsmith-q8_0.gguf: its SHA-256 is {found}, SHA256SUMS says {listed}"):
         local.promote(force="never mind")
     assert local.client.search_registered_models() == []
@@ -509,8 +524,8 @@ def test_scores_of_other_files_another_chat_or_other_questions_are_refused_even_
         Path("reports/metrics/evaluate.json").write_bytes(board)
     elif fault == "another chat":
         release = read_release(Path("models/gguf"))
-        write_release(Path("models/gguf"), msgspec.structs.replace(release, chat_sha256="c2"))
-        expected = "release.json has the chat c2…, questions were asked in c1…"
+        write_release(Path("models/gguf"), msgspec.structs.replace(release, system_prompt="Be long.", chat_sha256=OTHER_CHAT))
+        expected = f"release.json has the chat {OTHER_CHAT[:12]}…, questions were asked in {CHAT_SHA256[:12]}…"
     elif fault == "other questions":
         write_records(local.path("data/exam.jsonl"), QUESTIONS[1:])
         expected = "exam.jsonl has SHA-256 .* the scored questions"

@@ -10,7 +10,7 @@ import pytest
 from finished_run import GATES, METRICS, PARAMS, finding, questions_of, scoreboard, section, write_run, write_scores
 
 from stages.pages import MAX_CHARACTERS, NOT_MEASURED
-from stages.program import BadInput, BadParams, LimitBroken
+from stages.program import BadInput, LimitBroken
 from stages.records import Question, Score, read_records, write_records
 from stages.report import Params, duration, finding_rows, main, pick_samples, run_rows, spread
 from stages.scoreboard import Interval
@@ -44,7 +44,10 @@ def test_the_report_opens_with_the_verdict_and_the_gates_and_shows_rejections_fi
     assert gates["questions"] == ["passed", "", "5", "recall has 6 questions of 12 sections"]
     assert "Of 1,234 candidates 456 became pairs and 778 were rejected." in markdown
     assert markdown.count("| quote-not-in-chunk, answer-too-short | Port? |") == 5
-    assert "| Training time | 12 min 34 s |" in markdown and "| Size of docsmith-q8\\_0.gguf | 144.8 MB |" in markdown
+    assert (
+        "| Training time | 12 min 34 s |" in markdown
+        and "| docsmith-q8\\_0.gguf | 144.8 MB | 0.0096 | 96.1% | ships: the smallest that passes |" in markdown
+    )
     assert "| handbook | 7 | files without a revision |" in markdown and "| documents.jsonl | 7 | " in markdown
     assert "````yaml\nmodels: {base" in markdown and "![Scores by system with intervals](scores.png)" in markdown
     for text in ("Docsmith: promote", "0.781 [0.741 to 0.821]", "144.8 MB", "quote-not-in-chunk, answer-too-short"):
@@ -170,12 +173,12 @@ def test_few_sections_without_a_pair_are_all_listed_and_none_need_no_fold(tmp_pa
 
 
 def test_a_figure_that_is_missing_reads_as_not_measured_and_never_as_zero(tmp_path: Path) -> None:
-    rows = dict(run_rows({"steps": 0}, {"files": {"a.gguf": {}}}, {}, ["base"]))
+    rows = dict(run_rows({"steps": 0}, {}, ["base"]))
     assert rows["Steps"] == "0"
     assert {rows[name] for name in rows if name != "Steps"} == {NOT_MEASURED}
-    assert "Size of a.gguf" in rows and "Inference speed, base" in rows
+    assert "Inference speed, base" in rows
     paths = write_run(tmp_path)
-    for name in METRICS:
+    for name in METRICS.keys() - {"export"}:
         (paths[1] / f"{name}.json").unlink()
     markdown, _ = write_report(paths)
     for name in (
@@ -312,10 +315,10 @@ def test_a_line_that_is_not_a_loss_is_named(tmp_path: Path, line: str) -> None:
         write_report(paths)
 
 
-def test_params_that_ship_no_file_are_refused(tmp_path: Path) -> None:
+def test_an_export_that_ships_no_file_is_refused(tmp_path: Path) -> None:
     paths = write_run(tmp_path)
-    paths[3].write_text("models: {base: x}\n")
-    with pytest.raises(BadParams, match=r"export.serve is missing"):
+    (paths[1] / "export.json").unlink()
+    with pytest.raises(BadInput, match=r"export.json does not say which file ships"):
         write_report(paths)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stages.llm.child import Started, running_server
 from stages.llm.endpoint import Endpoint, free_port
+from stages.models.gguf import read_gguf
 from stages.program.errors import BadModelFile
 
 START_S = 300  # a few GB from a slow disk
@@ -22,10 +23,11 @@ def llama_server(gguf: Path, context_tokens: int, parallel: int, started: Starte
 
     Beside /v1, the server answers llama.cpp's own /props, /tokenize and /apply-template. Control tokens in a user's text
     ("<|im_end|>") count as control tokens there; `stages.release.plain_text` breaks them up.
-    Raises BadModelFile when the file is not there, ServerFailed when llama.cpp does not start.
+    Raises BadModelFile when the file is not there or not safe to open, ServerFailed when llama.cpp does not start.
     """
     if not gguf.is_file():
         raise BadModelFile(f"{gguf} is missing; build it with: dvc repro export")
+    read_gguf(gguf)
     port = free_port()
     command = [sys.executable, "-m", "stages.llm.llama_cpp", str(gguf), str(port), str(context_tokens), str(parallel)]
     # the child finds `stages` from any working directory. Threads that spin while others use their cores as well hold each other up:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.files import new_folder, sha256_of
+from stages.models.gguf import read_gguf
 from stages.program.errors import BadModelFile
 
 Embed = Callable[[Sequence[str]], Any]  # texts -> unit vectors, shape (n, d)
@@ -46,6 +47,7 @@ def as_hf_folder(reference: str) -> Path:
         raise BadModelFile(f"models: {reference} is {path.suffix or 'no suffix'}; a folder with safetensors or a .gguf is needed")
     folder = CACHE / sha256_of(path)[:16]
     if not folder.is_dir():
+        read_gguf(path)
         _unpack_gguf(path, folder)
     return folder
 

@@ -9,15 +9,19 @@ from typing import Any
 import msgspec
 
 from stages.chats import chat_sha256
+from stages.chats.template import check_template
 from stages.files import sha256_of_file, write_json, write_text
 from stages.llm.child import Started
 from stages.llm.endpoint import Endpoint
+from stages.models.gguf import read_gguf
 from stages.params import Chat
 from stages.program.errors import BadModelFile, BadParams, ServerFailed
 
 RELEASE_FILE = "release.json"
 SUMS_FILE = "SHA256SUMS"
 SOURCES_FILE = "sources.jsonl"  # a Passage a line
+CARD_FILE = "README.md"
+ADAPTER_FILE = "docsmith-adapter.gguf"  # the adapter alone, for llama.cpp with a GGUF file of the base model
 REBUILD = "rebuild it with: dvc repro --force export"
 REQUEST_S = 600  # for one answer; a long queue on two cores takes minutes
 
@@ -50,7 +54,10 @@ def write_release(folder: Path, release: Release) -> None:
 
 
 def read_release(folder: Path) -> Release:
-    """The release in `folder`, with release.json and the served file checked against SHA256SUMS. Raises BadModelFile."""
+    """The release in `folder`: release.json, sources and the served file checked against SHA256SUMS, and what that file is.
+
+    Raises BadModelFile; after it, an engine may open the served file.
+    """
     if not (folder / SUMS_FILE).is_file():
         raise BadModelFile(f"{folder} has no {SUMS_FILE}, so it is not an export; build it with: dvc repro export")
     sums = _read_sums(folder / SUMS_FILE)
@@ -59,8 +66,19 @@ def read_release(folder: Path) -> Release:
         release = msgspec.json.decode((folder / RELEASE_FILE).read_bytes(), type=Release)
     except msgspec.DecodeError as error:
         raise BadModelFile(f"{folder / RELEASE_FILE} is not a release: {error}; {REBUILD}") from None
-    _check_sum(folder, gguf_name(release.serve), sums)
+    served = gguf_name(release.serve)
+    for name in [served, SOURCES_FILE] if SOURCES_FILE in sums else [served]:
+        _check_sum(folder, name, sums)
+    check_served(folder / served, release)
     return release
+
+
+def check_served(gguf: Path, release: Release) -> None:
+    """Raises BadModelFile unless `gguf` is safe to open, and its chat template is the release's and renders a chat in a sandbox."""
+    chat_template = read_gguf(gguf).values.get("tokenizer.chat_template", "")
+    if chat_sha256(chat_template, release.system_prompt) != release.chat_sha256:
+        raise BadModelFile(f"{gguf.parent}: the chat template in {gguf.name} is not the release's; {REBUILD}")
+    check_template(chat_template, str(gguf))
 
 
 def _read_sums(path: Path) -> dict[str, str]:

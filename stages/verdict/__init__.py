@@ -230,7 +230,7 @@ def _gain_of(scores: Scoreboard, questions: str, pair: str, measure: str) -> tup
     if pair not in found or measure not in found[pair].gains:
         raise BadInput(
             f"the scoreboard has no {measure} of {pair} on {questions}, only of {', '.join(sorted(found)) or 'nothing'}; "
-            "export.serve must be one of export.quants. Then: dvc repro"
+            "what export ships must be among what answer asked. Run: dvc repro"
         )
     gain = found[pair].gains[measure]
     if not all(value is None or math.isfinite(value) for value in (gain.mean, gain.low, gain.high)):

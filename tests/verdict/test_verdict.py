@@ -231,7 +231,7 @@ def test_a_set_that_nobody_was_asked_is_not_measured_and_does_not_stop_a_promoti
 
 def test_a_quant_that_was_not_asked_is_an_error_with_what_to_do() -> None:
     with pytest.raises(
-        BadInput, match="no similarity of q6_k-tuned on recall, only of .*; export.serve must be one of export.quants"
+        BadInput, match="no similarity of q6_k-tuned on recall, only of .*; what export ships must be among what answer asked"
     ):
         judge(board(), "q6_k", GATES, FIGURES)
 
