@@ -17,8 +17,8 @@ from stages.retrieval import kept_vectors, nearest_places, searched, with_passag
 if TYPE_CHECKING:
     import numpy as np
 
-# Of questions whose evidence is known, these four have it as often as three of either kind, which are six: trained evidence is seldom
-# right but at the first place, and is never right for a question of which nothing was trained.
+# Of questions whose evidence is known, these four have it hardly less often than three of each kind, which are six: trained evidence is
+# seldom right but at the first place, and never for a question of which nothing was trained.
 MOST_TRAINED, MOST_RETRIEVED = 1, 3
 
 
@@ -33,7 +33,7 @@ class Source(msgspec.Struct, frozen=True):
     end: int
     quote: str
     similarity: (
-        float  # cosine of the embeddings of the question and of the pair's question, or of the chunk or its nearest sentence
+        float  # cosine of the embeddings of the question and the pair's, or the mean of those of the chunk and of the quote
     )
 
 
@@ -63,13 +63,15 @@ class Sources:
         self._passages = by_id(sorted(passages, key=lambda passage: passage.id))
         if not passages:
             return
+        import threadpoolctl
         import torch
         from transformers.utils.logging import disable_progress_bar
 
         from stages.models import load_embedder
 
-        # torch's threads spin while they wait, as llama.cpp's do: beside it, a search with two of them took 20 times as long
+        # their threads spin while they wait, as llama.cpp's do: beside it, two of torch's took 20 times as long as one, two of numpy's 300
         torch.set_num_threads(1)
+        threadpoolctl.threadpool_limits(1, user_api="blas")
         disable_progress_bar()  # it would run through what a person types in the chat
         model = load_embedder(embedder)
         self._embed: Callable[[Sequence[str]], Any] = lambda texts: model.encode(list(texts), normalize_embeddings=True)
@@ -105,12 +107,16 @@ class Sources:
             yield _source("trained", passage, pair.start, pair.end, pair.quote, cosine)
 
     def _retrieved(self, asked: "np.ndarray") -> Iterator[Source]:
-        """The passages nearest to the question with the embedding `asked` (1, d), whole or by a sentence, each with its nearest sentence."""
+        """The passages nearest to the question with the embedding `asked` (1, d), each with its nearest sentence.
+
+        Near is the mean of the whole and of that sentence: the whole alone hides what a long passage says in passing, and a sentence
+        alone is near to much that it has nothing to do with.
+        """
         import numpy as np
 
         by_sentence = (asked @ self._sentence_vectors.T)[0]
         whole = (asked @ self._chunk_vectors.T)[0]
-        near = np.maximum(whole, np.maximum.reduceat(by_sentence, self._firsts[:-1])).astype(np.float64).round(5)
+        near = ((whole + np.maximum.reduceat(by_sentence, self._firsts[:-1])) / 2).astype(np.float64).round(5)
         for place in np.argsort(-near, kind="stable")[:MOST_RETRIEVED]:
             first, end = self._firsts[place : place + 2]
             quote = self._sentences[first + int(by_sentence[first:end].argmax())]

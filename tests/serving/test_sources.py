@@ -117,6 +117,23 @@ def test_a_quote_behind_a_removed_secret_leads_to_the_whole_passage(tmp_path: Pa
     assert (source.start, source.end) == (100, 174)
 
 
+def test_a_long_passage_is_found_by_what_it_says_in_passing(tmp_path: Path) -> None:
+    parts = ["The radio keeps ten stations.", "The alarm is loud.", "The display is green.", "The antenna turns."] * 2
+    long = " ".join([*parts, "Vinegar removes lime from the kettle.", *parts])
+    texts = {"long": long, "other": "Lime settles in pipes. Old pipes of steel rust."}
+    passages = [
+        Passage(id=id, path="a.md", heading_path=(), start=0, end=len(text), text=text, trained=()) for id, text in texts.items()
+    ]
+    first = Sources(passages, MODELS.embedder, tmp_path).find("What removes lime from the kettle?", 0.3).sources[0]
+    assert (first.passage_id, first.quote) == ("long", "Vinegar removes lime from the kettle.")
+    chunks = [
+        Chunk(id=one.id, document_id="d", section_id="s", path="a.md", heading_path=(), start=0, end=1, text=one.text)
+        for one in passages
+    ]
+    hits = searcher(chunks, MODELS.embedder, tmp_path)(["What removes lime from the kettle?"], 2)[0]
+    assert [hit.chunk_id for hit in hits] == ["other", "long"]  # by the whole text alone
+
+
 def test_what_no_passage_is_near_is_not_covered_and_has_no_sources(sources: Sources) -> None:
     assert sources.find("Which vaccinations do I need for a trip to Kenya?", 0.45) == Found((), covered=False)
     near = sources.find("How do I descale the kettle?", 0.45).sources[0].similarity
@@ -174,7 +191,8 @@ def test_embeddings_are_computed_once_and_those_of_the_chunks_are_shared_with_th
     assert {path: path.stat().st_mtime_ns for path in store.glob("*.npy")} == before
 
 
-def test_searches_from_many_threads_agree_and_torch_takes_one_core(sources: Sources) -> None:
+def test_searches_from_many_threads_agree_and_take_one_core(sources: Sources) -> None:
+    import threadpoolctl
     import torch
 
     threads, found = [], []
@@ -190,6 +208,8 @@ def test_searches_from_many_threads_agree_and_torch_takes_one_core(sources: Sour
         thread.join()
     assert found == [sources.find("How do I descale the kettle?", 0.45)] * 8
     assert threads == [1] * 8
+    blas = [library["num_threads"] for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"]
+    assert blas and set(blas) == {1}
 
 
 def test_a_release_without_passages_is_said_and_has_none_and_a_damaged_line_is_named(
