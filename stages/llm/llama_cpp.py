@@ -31,7 +31,7 @@ def llama_server(gguf: Path, context_tokens: int, parallel: int, started: Starte
     port = free_port()
     command = [sys.executable, "-m", "stages.llm.llama_cpp", str(gguf), str(port), str(context_tokens), str(parallel)]
     # the child finds `stages` from any working directory. Threads that spin while others use their cores as well hold each other up:
-    # two on two busy cores wrote 1 to 9 tokens/s, and with a limit as many as one thread, 13 to 45
+    # on two busy cores, two wrote 1 to 9 tokens/s, with the limit 24, and one alone 30
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "GOMP_SPINCOUNT": SPINS}
     address = f"http://127.0.0.1:{port}"
     with running_server("llama.cpp", command, environment, f"{address}/health", START_S, started):
