@@ -94,9 +94,9 @@ def main(data: Path, adapter: Path, merged: Path, gguf: Path, metrics: Path, exp
         seconds["quantise"] = round(time.monotonic() - started, 1)
 
         started = time.monotonic()
-        files = {quant: draft / gguf_name(quant) for quant in export.quants}
+        files: dict[str, Path] = {quant: draft / gguf_name(quant) for quant in export.quants}
         distances = measure(whole, files, texts, logits, idle_cores())
-        qualities = {quant: quality(quant, files[quant], distances[quant], export) for quant in export.quants}
+        qualities = {quant: quality(quant, file, distances[quant], export) for quant, file in files.items()}
         check_conversion(distances["bf16"], export)
         shipped = smallest_that_passes(qualities, export)
         seconds["measure"] = round(time.monotonic() - started, 1)

@@ -202,7 +202,7 @@ def quant_rows(export: dict[str, Any], settings: dict[str, Any]) -> list[Row]:
     """(file, size, mean KL, same top token, verdict) of each GGUF file, smallest first; the first that passes ships."""
     limits = [dig(settings, "export", name) for name in ("max_kl", "min_same_top")]
     files = sorted((dig(export, "files") or {}).items(), key=lambda file: dig(file[1], "bytes") or 0)
-    rows = []
+    rows: list[Row] = []
     for name, file in files:
         kept = "passes" if dig(file, "passes") else f"fails: the limits are {limits[0]} and {limits[1]}"
         if dig(file, "quant") == dig(export, "serve"):

