@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -574,6 +575,8 @@ def exporting(project: Path, scratch: Path, pairs: int) -> tuple[dict[str, Any],
 
 
 def run_python(folder: Path, *arguments: str) -> None:
+    from stages.program import end_with_parent
+
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
@@ -581,6 +584,7 @@ def run_python(folder: Path, *arguments: str) -> None:
         capture_output=True,
         text=True,
         check=False,
+        preexec_fn=end_with_parent,
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} ended with code {done.returncode}: {done.stderr.strip()[-2000:]}")
@@ -610,6 +614,7 @@ def main() -> None:
     parser.add_argument("--by-hand", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended, and what was written is removed
     project = arguments.project.resolve()
     if not (project / "models/gguf/release.json").is_file():
         raise SystemExit(f"{project} has no models/gguf; run `make demo` first, or name a finished project with --project")
