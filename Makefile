@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo repro test lint types browser doctor review feedback chat serve ui compare promote profile lock clean
+.PHONY: help setup demo repro test lint browser doctor review feedback chat serve ui compare promote profile lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,11 +38,9 @@ browser:  ## a Chromium for the tests of the review page, where there is none
 		$$as_root apt-get update -qq && $$as_root apt-get install -y -qq --no-install-recommends chromium >/dev/null || { \
 		echo "make browser: apt-get could not install chromium; install Chromium or Chrome so that chromium or google-chrome is on the PATH" >&2; exit 1; }; }
 
-lint: $(READY)  ## ruff: rules and format
+lint: $(READY)  ## ruff, rules and format, and mypy over the stages
 	ruff check .
 	ruff format --check .
-
-types: $(READY)  ## mypy over the stages
 	mypy stages
 
 doctor: $(READY)  ## what this machine can run, and which profile fits

@@ -74,7 +74,7 @@ def write_with_transformers(folder: Path, batch_tokens: int, system: str, reques
     tokenizer.padding_side = "left"  # the answer follows the prompt directly
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", trust_remote_code=False, use_safetensors=True, device_map="cuda" if on_gpu else "cpu"
-    ).eval()
+    ).eval()  # type: ignore[no-untyped-call]
     if not on_gpu and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(attention_on_cpu())
     prompts = {key: _prompt(tokenizer, request) for key, request in requests.items()}

@@ -37,11 +37,12 @@ def main(serve: Serve, chat: Chat, models: Models, gguf: Path = Path("models/ggu
                 asked = question
                 if serve.passages:
                     asked = sources.result().prompt(question, serve.passages, partial(has_room, release, endpoint, chat))
-                turns.append(Message(role="user", content=plain_text(asked, release.control_tokens)))
-                turns = last_turns(turns, release, endpoint, chat)
-                if not turns:
+                put = Message(role="user", content=plain_text(asked, release.control_tokens))
+                kept = last_turns([*turns, put], release, endpoint, chat)
+                if not kept:
                     say(f"chat: the question is longer than the context of {chat.context_tokens} tokens; ask a shorter one")
                     continue
+                turns = kept
                 answer = ""
                 for piece in stream_answer(turns, release, endpoint, chat):
                     answer += piece

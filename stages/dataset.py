@@ -89,7 +89,7 @@ class Evidence(msgspec.Struct, frozen=True):
     flags: tuple[str, ...]  # rules that report and do not reject
 
 
-class Row(Record):
+class Row(Record, frozen=True):
     """A conversation, and one Evidence for each of its questions, none where it is general. id = that of the Example or Question."""
 
     messages: tuple[Message, ...]

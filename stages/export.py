@@ -59,7 +59,6 @@ class Quality(msgspec.Struct, frozen=True):
 
 
 def main(data: Path, adapter: Path, merged: Path, gguf: Path, metrics: Path, export: Params, models: Models, chat: Chat) -> None:
-    from stages.llm.llama_cpp import idle_cores
     from stages.models import as_hf_folder, free_cores, load_tokenizer, model_sha256
 
     check_params(export, chat)
@@ -95,7 +94,7 @@ def main(data: Path, adapter: Path, merged: Path, gguf: Path, metrics: Path, exp
 
         started = time.monotonic()
         files: dict[str, Path] = {quant: draft / gguf_name(quant) for quant in export.quants}
-        distances = measure(whole, files, texts, logits, idle_cores())
+        distances = measure(whole, files, texts, logits, free_cores())
         qualities = {quant: quality(quant, file, distances[quant], export) for quant, file in files.items()}
         check_conversion(distances["bf16"], export)
         shipped = smallest_that_passes(qualities, export)

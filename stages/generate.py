@@ -13,7 +13,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -21,12 +21,12 @@ from stages.evidence import locate, passages_of
 from stages.files import write_json
 from stages.llm import Endpoint, Engine, Reply, Store, Tally, ask_all, endpoints_for, served_model
 from stages.models import Embed, as_hf_folder, embedding, load_tokenizer
-from stages.params import Count, Models, NonNegative, Positive, Share
+from stages.params import Count, Models, Positive, Share
 from stages.program import BadInput, LimitBroken, run, say
 from stages.recipes import (
     Ask,
     Draft,
-    Recipe,
+    Settings,
     asks_about,
     drafts_in,
     faults_of,
@@ -36,7 +36,7 @@ from stages.recipes import (
     retries_of,
     with_evidence,
 )
-from stages.records import MEND, Candidate, Chunk, Curated, Failure, QuestionType, content_id, read_records, write_records
+from stages.records import MEND, Candidate, Chunk, Curated, Failure, content_id, read_records, write_records
 
 CONTEXT_TOKENS = 2048
 CODE = re.compile("`[^`]+`")
@@ -44,16 +44,9 @@ MAX_RANK = 10  # it stands for any higher one
 TIE = 0.03  # cosine; of 43 questions that another passage beat, those beaten by less were right by hand
 
 
-class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    recipe: Recipe
+class Params(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     endpoints: tuple[Endpoint, ...]
     engine: Engine
-    types: Annotated[tuple[QuestionType, ...], msgspec.Meta(min_length=1)]
-    pairs_per_chunk: Positive
-    wordings: Positive
-    temperature: NonNegative
-    max_tokens: Positive
-    seed: Count
     min_similarity: Share
     max_chunks: Count
     concurrency: Positive
@@ -348,7 +341,7 @@ def main(
     write_records(candidates, found)
     write_records(failures, lost)
     reused = sum(tally.reused for tally in tallies)
-    counts = {
+    counts: dict[str, Any] = {
         "chunks": len(chosen),
         "facts": len({candidate.fact_id for candidate in found}),
         "calls": endings.total(),

@@ -213,12 +213,12 @@ def run_of_version(client: Any, tracking: Tracking, trained_by: str, key: str) -
 def log_datasets(client: Any, run_id: str, used: Mapping[str, tuple[Path, str]]) -> None:
     """Links datasets to the run, {context: (path, digest)}; one that it has already is linked once."""
     from mlflow.data.meta_dataset import MetaDataset
-    from mlflow.data.sources import LocalArtifactDatasetSource
+    from mlflow.data.sources import LocalArtifactDatasetSource  # type: ignore[attr-defined]
     from mlflow.entities import DatasetInput, InputTag
 
     inputs = []
     for context, (path, digest) in used.items():
-        dataset = MetaDataset(LocalArtifactDatasetSource(str(path)), name=path.stem, digest=digest)
+        dataset = MetaDataset(LocalArtifactDatasetSource(str(path)), name=path.stem, digest=digest)  # type: ignore[abstract]
         inputs.append(DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", context)]))
     client.log_inputs(run_id, inputs)
 

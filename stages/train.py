@@ -90,12 +90,12 @@ def lora_model(folder: Path, train: Params) -> Any:
             raise BadModelFile(
                 "train.load_in_4bit needs a CUDA device, and none is here; set it to false or run: make profile PROFILE=cpu"
             )
-        options["quantization_config"] = BitsAndBytesConfig(
+        options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     if train.load_in_4bit:
-        model = prepare_model_for_kbit_training(model)
+        model = prepare_model_for_kbit_training(model)  # type: ignore[no-untyped-call]
     lora = LoraConfig(
         r=train.r,
         lora_alpha=train.lora_alpha,
@@ -131,9 +131,10 @@ def unsloth_model(folder: Path, train: Params) -> Any:
 def training_arguments(train: Params, checkpoints: Path) -> Any:
     """TRL's SFTConfig for `train`."""
     import torch
-    from trl import SFTConfig
+    from trl import SFTConfig  # type: ignore[attr-defined]
 
     on_gpu = torch.cuda.is_available()
+    at_once: Any = train.per_device_train_batch_size  # `auto` is a number by now
     return SFTConfig(
         output_dir=str(checkpoints),
         max_length=None,  # `tokenise` has refused what is too long
@@ -144,8 +145,8 @@ def training_arguments(train: Params, checkpoints: Path) -> Any:
         lr_scheduler_type=train.lr_scheduler_type,
         optim=train.optim,
         weight_decay=train.weight_decay,
-        per_device_train_batch_size=train.per_device_train_batch_size,
-        per_device_eval_batch_size=train.per_device_train_batch_size,
+        per_device_train_batch_size=at_once,
+        per_device_eval_batch_size=at_once,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         train_sampling_strategy="group_by_length",
         logging_steps=train.logging_steps,

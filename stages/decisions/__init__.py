@@ -22,7 +22,8 @@ def with_decisions(candidates: Sequence[Candidate], decisions: Iterable[Decision
     """`candidates` after review: an edited one is replaced, and one that was accepted and is no longer generated comes back."""
     left = {decision.id: decision for decision in decisions}
     found: list[Candidate] = []
-    accepted, rejected = set(), set()
+    accepted: set[str] = set()
+    rejected: set[str] = set()
     edited = 0
     used: set[str] = set()
     for candidate in candidates:

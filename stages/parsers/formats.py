@@ -179,7 +179,7 @@ def from_pptx(content: bytes) -> str:
     from markitdown import StreamInfo
     from markitdown.converters import PptxConverter
 
-    text = PptxConverter().convert(io.BytesIO(content), StreamInfo(extension=".pptx")).markdown
+    text = PptxConverter().convert(io.BytesIO(content), StreamInfo(extension=".pptx")).markdown  # type: ignore[no-untyped-call]
     return blocks(re.sub(r"^<!-- Slide number: \d+ -->$", "", text, flags=re.MULTILINE).split("\n\n"))
 
 

@@ -35,10 +35,10 @@ class ToMarkdown(MarkdownConverter):
         return f"\n\n{fenced(el.get_text(), language_of(el))}\n\n" if el.get_text().strip() else ""
 
     def convert_td(self, el: Any, text: str, parent_tags: Any) -> str:
-        return super().convert_td(el, re.sub(r"(?<!\\)\|", r"\\|", text), parent_tags)
+        return super().convert_td(el, re.sub(r"(?<!\\)\|", r"\\|", text), parent_tags)  # type: ignore[misc]
 
     def convert_th(self, el: Any, text: str, parent_tags: Any) -> str:
-        return super().convert_th(el, re.sub(r"(?<!\\)\|", r"\\|", text), parent_tags)
+        return super().convert_th(el, re.sub(r"(?<!\\)\|", r"\\|", text), parent_tags)  # type: ignore[misc]
 
     def convert_img(self, el: Any, text: str, parent_tags: Any) -> str:
         return (el.get("alt") or "").strip()

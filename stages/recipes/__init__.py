@@ -3,7 +3,7 @@
 from stages.recipes.asks import (
     Ask,
     Draft,
-    Recipe,
+    Settings,
     asks_about,
     drafts_in,
     faults_of,
@@ -17,7 +17,7 @@ from stages.recipes.asks import (
 __all__ = [
     "Ask",
     "Draft",
-    "Recipe",
+    "Settings",
     "asks_about",
     "drafts_in",
     "faults_of",

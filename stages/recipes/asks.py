@@ -4,12 +4,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from stages.evidence import Passage, fold, lead_of, locate, passages_of, words
 from stages.llm import Reply, Request, request_key
+from stages.params import Count, NonNegative, Positive
 from stages.recipes import sdk
 from stages.recipes.forms import Form, forms_of, heading_forms, thing
 from stages.records import Chunk, QuestionType
@@ -25,16 +26,16 @@ LEANING = re.compile(
 )
 
 
-class Settings(Protocol):
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a recipe needs of params.yaml's section generate."""
 
     recipe: Recipe
-    types: tuple[QuestionType, ...]
-    pairs_per_chunk: int
-    wordings: int
-    temperature: float
-    max_tokens: int
-    seed: int
+    types: Annotated[tuple[QuestionType, ...], msgspec.Meta(min_length=1)]
+    pairs_per_chunk: Positive
+    wordings: Positive
+    temperature: NonNegative
+    max_tokens: Positive
+    seed: Count
 
 
 class Ask(msgspec.Struct, frozen=True):
@@ -110,7 +111,7 @@ def facts_of(chunk: Chunk, generate: Settings) -> list[tuple[Passage, list[Form]
     short = [fact for fact in found if fact[0].length == "short"]
     chosen = [long[0]] if long and generate.pairs_per_chunk > 1 and int(chunk.id, 16) % 2 else []
     while short and len(chosen) < generate.pairs_per_chunk:
-        taken = [forms[0][0] for _, forms in chosen]
+        taken: list[str] = [forms[0][0] for _, forms in chosen]
         rank = {kind: (taken.count(kind), order) for order, kind in enumerate(("procedural", "conceptual", "factual"))}
         best = min(short, key=lambda fact: rank[fact[1][0][0]])
         short.remove(best)
@@ -173,7 +174,7 @@ def with_evidence(drafts: Sequence[Draft], embed: Callable[[list[str]], Any]) ->
     for draft in drafts:
         if draft.recipe == "synthetic-data-kit":
             bare.setdefault(draft.chunk, []).append(draft)
-    quotes = {}
+    quotes: dict[Draft, str] = {}
     for chunk, some in bare.items():
         pairs = [(draft.question, draft.answer) for draft in some]
         quotes.update(zip(some, sdk.evidence_for(pairs, sdk.spans_of(chunk.markdown()), embed), strict=True))

@@ -25,7 +25,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     id: Text
 
 
-class Source(Record):
+class Source(Record, frozen=True):
     """One collected file: where it came from and the hash of the bytes that were read."""
 
     source: Text  # the source's name in params.yaml
@@ -34,7 +34,7 @@ class Source(Record):
     revision: str  # git commit or URL of origin; empty for a plain file outside git
 
 
-class Document(Record):
+class Document(Record, frozen=True):
     """A source file's text as Markdown. id = hash(text): a renamed file is the same document."""
 
     source: Text
@@ -45,7 +45,7 @@ class Document(Record):
     text: Text
 
 
-class Chunk(Record):
+class Chunk(Record, frozen=True):
     """A piece of a document. id = hash(heading path, text with white space folded): text added elsewhere leaves it unchanged."""
 
     document_id: Text
@@ -66,7 +66,7 @@ class Chunk(Record):
         return f"{self.fence}\n{self.text}" if self.fence else self.text
 
 
-class Failure(Record):
+class Failure(Record, frozen=True):
     """An input that gave nothing, and why. id = hash(parent, reason)."""
 
     parent_id: Text  # a file's path, a chunk id or a request key
@@ -74,7 +74,7 @@ class Failure(Record):
     detail: str
 
 
-class Finding(Record):
+class Finding(Record, frozen=True):
     """Something in a document that its owner should know of. id = hash(parent, kind, rule, start, shown)."""
 
     parent_id: Text  # the document's id
@@ -87,7 +87,7 @@ class Finding(Record):
     shown: str  # what it is, without the secret itself
 
 
-class Candidate(Record):
+class Candidate(Record, frozen=True):
     """An unjudged question and answer. id = hash(chunk, question, answer)."""
 
     chunk_id: Text
@@ -103,7 +103,7 @@ class Candidate(Record):
     wording: Offset  # place among the samples of one fact, best first; 1 is the best
 
 
-class Judgement(Record):
+class Judgement(Record, frozen=True):
     """A judge's ratings of a candidate, from 1 to 5. id = the candidate's. Without a usable reply they are null, never a number."""
 
     status: Literal["scored", "unparsed", "failed"]  # failed: the call gave no reply at all
@@ -114,7 +114,7 @@ class Judgement(Record):
     reason: str  # the judge's own, or why there is no rating
 
 
-class Measurement(Record):
+class Measurement(Record, frozen=True):
     """What rules need to know of a candidate and is costly to find out. id = the candidate's."""
 
     entailment: float  # cosine of answer and quote or the share of words they share, or the probability that an NLI model gives
@@ -125,7 +125,7 @@ class Measurement(Record):
     cluster: Text  # the least id of the candidates whose question and answer are alike
 
 
-class Decision(Record):
+class Decision(Record, frozen=True):
     """What a reviewer decided about a pair. id = hash(question, answer), so that it outlives a regeneration."""
 
     verdict: Literal["accept", "edit", "reject"]
@@ -139,7 +139,7 @@ class Decision(Record):
     note: str = ""
 
 
-class Curated(Record):
+class Curated(Record, frozen=True):
     """A pair brought in from outside, with its evidence. id = hash(question, answer)."""
 
     question: Text
@@ -149,7 +149,7 @@ class Curated(Record):
     origin: Text  # the name of the file that it came in
 
 
-class Pair(Record):
+class Pair(Record, frozen=True):
     """A candidate that passed every rule, with its evidence located. id = the candidate's."""
 
     chunk_id: Text
@@ -172,7 +172,7 @@ class Pair(Record):
     reviewed: bool  # a person accepted or edited it
 
 
-class Rejected(Record):
+class Rejected(Record, frozen=True):
     """A candidate that broke a rule. id = the candidate's; rules in the suite's order. A secret's place in its texts is marked, not shown."""
 
     chunk_id: Text
@@ -186,7 +186,7 @@ class Rejected(Record):
     waivable: bool  # a reviewer may accept it all the same
 
 
-class Coverage(Record):
+class Coverage(Record, frozen=True):
     """What came of one section. id = its section_id; each count is one of rows, and rules and reasons are counted by name."""
 
     source: Text
@@ -213,7 +213,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     content: Text
 
 
-class Example(Record):
+class Example(Record, frozen=True):
     """A conversation to train on, without its system message. id = hash(pair ids); a general one has no pair, so id = hash(messages)."""
 
     pair_ids: tuple[str, ...]
@@ -221,7 +221,7 @@ class Example(Record):
     messages: tuple[Message, ...]
 
 
-class Question(Record):
+class Question(Record, frozen=True):
     """A question to score. `set` says what a right answer shows; a right answer to one that is out of scope says that it is.
 
     recall: facts that were trained, in new wordings; held_out: sections that were never trained; gold: people wrote it;
@@ -248,7 +248,7 @@ class Trained(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     end: Offset
 
 
-class Passage(Record):
+class Passage(Record, frozen=True):
     """A chunk as a release carries it, with the pairs that were trained from it: what the sources of an answer are found in.
 
     The id is the chunk's. `text` and the quotes hold no secrets.
@@ -262,7 +262,7 @@ class Passage(Record):
     trained: tuple[Trained, ...]
 
 
-class Complaint(Record):
+class Complaint(Record, frozen=True):
     """An answer that a user rated down, and the place to look. id = the answer's."""
 
     said_at: Text  # UTC, as 2026-11-23T17:43:05Z
@@ -278,7 +278,7 @@ class Complaint(Record):
     covered: bool  # False: nothing in the documentation was as near as serve.min_similarity
 
 
-class Gold(Record):
+class Gold(Record, frozen=True):
     """A question that a person wrote, with its evidence. One of the kind `out_of_scope` needs none: the documentation does not cover it."""
 
     question: Text
@@ -289,7 +289,7 @@ class Gold(Record):
     key_facts: tuple[str, ...] = ()
 
 
-class Answer(Record):
+class Answer(Record, frozen=True):
     """One system's answer. id = hash(question id, system). `text` may be empty: a model may say nothing."""
 
     question_id: Text
@@ -298,7 +298,7 @@ class Answer(Record):
     chunk_ids: tuple[str, ...] = ()  # the passages that the system saw, best first
 
 
-class Score(Record):
+class Score(Record, frozen=True):
     """One answer's scores. id = the answer's. None: the question has nothing to score that by, which is not a low score."""
 
     question_id: Text

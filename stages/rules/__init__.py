@@ -96,7 +96,7 @@ def checking(data_docs: Path) -> Iterator[Check]:
         "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
         "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(data_docs.resolve())},
     }
-    context.add_data_docs_site(site_name="docsmith", site_config=site)
+    context.add_data_docs_site(site_name="docsmith", site_config=site)  # type: ignore[arg-type]
     tables: list[tuple[str, int, Sequence[Rule], dict[str, list[str]]]] = []
 
     def check(name: str, rows: Any, rules: Sequence[Rule]) -> dict[str, list[str]]:
@@ -119,7 +119,7 @@ def checking(data_docs: Path) -> Iterator[Check]:
         (validation,) = outcome.run_results.values()
         if len(validation.results) != len(rules):
             raise BadParams(f"{len(validation.results)} of {len(rules)} rules for {name} ran; all of them must")
-        by_name = {result.expectation_config.meta["rule"]: result for result in validation.results}
+        by_name = {result.expectation_config.meta["rule"]: result for result in validation.results}  # type: ignore[union-attr]
         broken = {rule.rule: _broken_by(rule, by_name[rule.rule]) for rule in rules}
         tables.append((name, len(rows), rules, broken))
         return {rule: ids for rule, ids in broken.items() if ids}

@@ -72,7 +72,7 @@ class Sources:
         # their threads spin while they wait, as llama.cpp's do: beside it, two of torch's took 20 times as long as one, two of numpy's 300
         torch.set_num_threads(1)
         threadpoolctl.threadpool_limits(1, user_api="blas")
-        disable_progress_bar()  # it would run through what a person types in the chat
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # it would run through what a person types in the chat
         model = load_embedder(embedder)
         self._embed: Callable[[Sequence[str]], Any] = lambda texts: model.encode(list(texts), normalize_embeddings=True)
         self._searching = threading.Lock()  # a tokenizer may be used by one thread at a time

@@ -44,7 +44,8 @@ class Recorder:
         self._looked_at = -INTERVAL_S
         folder = project_root() / "models/unsent"
         found = next(_left(folder, f"{name}-*.jsonl", resumable=True), None) if resumes else None
-        self._path, self._lines, self._file = found or (folder / f"{name}-{secrets.token_hex(4)}.jsonl", [], None)
+        self._path, self._lines = found[:2] if found else (folder / f"{name}-{secrets.token_hex(4)}.jsonl", [])
+        self._file = found[2] if found else None
         self._kept, self._sent = len(self._lines), 0  # lines that are in the file, and in MLflow
         self._size = self._file.tell() if self._file else 0
         self._seen = {(name, step) for line in self._lines for name, _, _, step in line.get("points", [])}
@@ -211,7 +212,7 @@ def _found_or_made(client: Any, experiment: str, key: str, name: str, tags: Mapp
 def _send(client: Any, run_id: str, lines: Sequence[Line]) -> None:
     """Sends `lines` to the run in few requests. Raises what MLflow raises; some of them may have arrived then."""
     from mlflow.data.meta_dataset import MetaDataset
-    from mlflow.data.sources import LocalArtifactDatasetSource
+    from mlflow.data.sources import LocalArtifactDatasetSource  # type: ignore[attr-defined]
     from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 
     params = {name: str(value) for line in lines for name, value in line.get("params", {}).items()}
@@ -219,7 +220,7 @@ def _send(client: Any, run_id: str, lines: Sequence[Line]) -> None:
     points = [Metric(*point) for line in lines for point in line.get("points", [])]
     inputs = []
     for name, path, digest, context in (entry for line in lines for entry in line.get("datasets", [])):
-        dataset = MetaDataset(LocalArtifactDatasetSource(path), name=name, digest=digest)
+        dataset = MetaDataset(LocalArtifactDatasetSource(path), name=name, digest=digest)  # type: ignore[abstract]
         inputs.append(DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", context)]))
     if params or tags:
         client.log_batch(run_id, params=[Param(*one) for one in params.items()], tags=[RunTag(*one) for one in tags.items()])

@@ -87,7 +87,7 @@ def bar() -> Any:
                 self.shown.update()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-            if self.shown is not None and "loss" in (logs or {}):
+            if self.shown is not None and logs and "loss" in logs:
                 self.shown.set_postfix(loss=f"{logs['loss']:.3f}")
 
         def close(self) -> None:

@@ -51,8 +51,8 @@ def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, s
     def whole(states: Any) -> Any:
         return torch.cat([states[:, :, : rows.shared].expand(rows.shape[0], -1, -1, -1), rests(states)], 2)
 
-    begin = (states[:, :, : rows.shared] for states in (query, key, value))
-    shared = F.scaled_dot_product_attention(*begin, is_causal=True, scale=scaling)[0]
+    begin = [states[:, :, : rows.shared] for states in (query, key, value)]
+    shared = F.scaled_dot_product_attention(begin[0], begin[1], begin[2], is_causal=True, scale=scaling)[0]
     own = F.scaled_dot_product_attention(rests(query), whole(key), whole(value), attn_mask=rows.mask, scale=scaling)
     own = own.transpose(0, 1).flatten(1, 2).index_select(1, rows.filled)
     return torch.cat([shared, own], 1).transpose(0, 1)[None].to(dtype), None
@@ -101,10 +101,10 @@ def pack_model(model: Any) -> None:
         )  # of a 2-D matrix: oneDNN's fast path does not take sliced 3-D ones
         return F.cross_entropy(logits.float(), labels[learned], reduction="sum")
 
-    causal.forward = answer_loss
+    causal.forward = answer_loss  # type: ignore[method-assign]
     for module in model.modules():
         if isinstance(module, Linear) and not any(getattr(drop, "p", 0) for drop in module.lora_dropout.values()):
-            module.forward = with_lora(module)
+            module.forward = with_lora(module)  # type: ignore[method-assign]
 
 
 def with_lora(module: Any) -> Any:
@@ -113,7 +113,7 @@ def with_lora(module: Any) -> Any:
     base, a, b, scale = module.base_layer, module.lora_A[name], module.lora_B[name], module.scaling[name]
 
     def forward(x: Any) -> Any:
-        return AddLora.apply(x.flatten(0, -2), base.weight, base.bias, a.weight, b.weight, scale).unflatten(0, x.shape[:-1])
+        return AddLora.apply(x.flatten(0, -2), base.weight, base.bias, a.weight, b.weight, scale).unflatten(0, x.shape[:-1])  # type: ignore[no-untyped-call]
 
     return forward
 

@@ -54,7 +54,7 @@ def join_ranks(store: Any = None) -> None:
     else:
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # its own name for it, cpu:0, is one that torch.load does not know
     os.environ.setdefault("OMP_NUM_THREADS", str(threads()))  # else accelerate counts cores that are not free
-    place = {"rank": rank(), "world_size": int(os.environ["WORLD_SIZE"])} if store is not None else {}
+    place: dict[str, Any] = {"rank": rank(), "world_size": int(os.environ["WORLD_SIZE"])} if store is not None else {}
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, **place)
 
 
@@ -138,7 +138,7 @@ def _one(stage: int, folder: Path, main: Callable[..., object], paths: tuple[Pat
         say(f"train: a process was lost; all start again ({attempt} of {RESTARTS} times)")
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    join_ranks(dist.FileStore(f"{folder}/store-{attempt}", int(os.environ["WORLD_SIZE"])))
+    join_ranks(dist.FileStore(f"{folder}/store-{attempt}", int(os.environ["WORLD_SIZE"])))  # type: ignore[attr-defined]
     try:
         main(*paths, **sections)
     except Exception as error:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
-from trl import SFTTrainer
+from trl import SFTTrainer  # type: ignore[attr-defined]
 
 
 def deal(batch: Sequence[int], size: int, ranks: int) -> list[list[list[int]]]:
@@ -45,8 +45,9 @@ class SharedTrainer(SFTTrainer):  # type: ignore[misc]
     """TRL's trainer with the same steps for any number of processes that have the same batch together, also after it resumes."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Dealt:
-        args = self.args
-        lengths = [len(row["input_ids"]) for row in train_dataset or self.train_dataset]
+        args: Any = self.args
+        rows: Any = train_dataset or self.train_dataset
+        lengths = [len(row["input_ids"]) for row in rows]
         # accelerate forgets the epoch of a run that resumes within one; the trainer knows it
         return Dealt(
             lengths,

@@ -2,22 +2,25 @@
 
 import contextlib
 import socket
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import uvicorn
 from starlette.types import ASGIApp
 
-from stages.export import convert
+from stages.chats import chat_sha256
 from stages.llm.endpoint import Endpoint
 from stages.llm.llama_cpp import llama_server
 from stages.models import load_tokenizer
 from stages.params import Chat
 from stages.records import Passage
 from stages.release import Release, gguf_name, read_release, write_release
+from stages.release.convert import convert
 from stages.serving.api import application
 from stages.serving.engine import EngineDown, Served
 from stages.serving.feedback import Feedback
@@ -88,12 +91,14 @@ def make_release(model: Path, folder: Path) -> None:
     untied = LlamaConfig.from_pretrained(model, tie_word_embeddings=False, initializer_range=0.5, max_position_embeddings=8192)
     LlamaForCausalLM(untied).save_pretrained(model.with_name("untied"))
     load_tokenizer(model).save_pretrained(model.with_name("untied"))
-    convert(model.with_name("untied"), folder / gguf_name("f16"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", sys.argv[:1])  # which it sets
+        convert(model.with_name("untied"), folder / gguf_name("f16"))
     release = Release(
         base="tiny",
         base_sha256="",
         adapter_sha256="",
-        chat_sha256="",
+        chat_sha256=chat_sha256(load_tokenizer(model).chat_template, CHAT.system_prompt),
         system_prompt=CHAT.system_prompt,
         control_tokens=tuple(sorted(load_tokenizer(model).get_added_vocab())),
         quants=("f16",),

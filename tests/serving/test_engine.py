@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import httpx
 import msgspec
 import pytest
-from conftest import BASE, CHAT
+from conftest import CHAT
+from small_api import make_release
 
-from stages.chats import chat_sha256
-from stages.export import convert
 from stages.files import sha256_of, sha256_of_file
-from stages.models import load_tokenizer
-from stages.params import Tracking
+from stages.params import Chat, Tracking
 from stages.program import BadInput, BadModelFile, BadParams, ServerFailed
 from stages.promote import register, run_of_version
 from stages.registry import CHAMPION, change, changing
 from stages.release import SUMS_FILE, Release, gguf_name, write_release
+from stages.release.convert import convert
 from stages.serving import engine as engine_module
 from stages.serving.engine import Engine, EngineDown, Served, find_model, running_adapter, running_engine
 from stages.serving.settings import Serve
@@ -42,37 +41,15 @@ SERVE = Serve(
     min_similarity=0.4,
 )
 NOWHERE = Tracking(uri="sqlite:///none.db", experiment="none", model_name="docsmith")
-GGUF = gguf_name("bf16")
+GGUF = gguf_name("f16")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 @pytest.fixture(scope="module")
 def release(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A release of a model with two layers, which says anything; with tied embeddings it would say line ends alone."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    merged = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("release") / "merged")
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(tiny_folder, tie_word_embeddings=False)
-    AutoModelForCausalLM.from_config(config).save_pretrained(merged)
-    folder = merged.with_name("gguf")
+    folder = tmp_path_factory.mktemp("release") / "gguf"
     folder.mkdir()
-    convert(merged, folder / GGUF)
-    tokenizer = load_tokenizer(tiny_folder)
-    values = Release(
-        base=BASE,
-        base_sha256="b1",
-        adapter_sha256="a1",
-        chat_sha256=chat_sha256(tokenizer.chat_template, CHAT.system_prompt),
-        system_prompt=CHAT.system_prompt,
-        control_tokens=tuple(sorted(tokenizer.get_added_vocab())),
-        quants=("bf16",),
-        serve="bf16",
-        context_tokens=CHAT.context_tokens,
-        max_new_tokens=CHAT.max_new_tokens,
-    )
-    write_release(folder, values)
+    make_release(tiny_folder, folder)
     return folder
 
 
@@ -95,12 +72,12 @@ class Registry(NamedTuple):
         tags = {
             "verdict": "promote",
             "verdict_reason": "it is better",
-            "quant": "bf16",
+            "quant": "f16",
             "gguf_path": str(folder),
             "sha256sums": sha256_of_file(folder / SUMS_FILE),
         }
         run_id = run_of_version(self.client, self.tracking, "", tags["sha256sums"])
-        return register(self.client, self.tracking, tags, run_id)
+        return register(self.client, self.tracking, tags, run_id, "it answers")
 
     def promote(self, version: str) -> None:
         name = self.tracking.model_name
@@ -131,11 +108,13 @@ def serving(model: Path | str, **changed: Any) -> Serve:
     return msgspec.structs.replace(SERVE, model=str(model), **changed)
 
 
-def run(model: Path | str, scenario: Callable[[Engine], Awaitable[None]], tracking: Tracking = NOWHERE) -> None:
+def run(
+    model: Path | str, scenario: Callable[[Engine], Awaitable[object]], tracking: Tracking = NOWHERE, chat: Chat = CHAT
+) -> None:
     """Runs `scenario` with an engine for `model`."""
 
     async def whole() -> None:
-        async with running_engine(serving(model), CHAT, tracking) as engine:
+        async with running_engine(serving(model), chat, tracking) as engine:
             await scenario(engine)
 
     asyncio.run(whole())
@@ -209,15 +188,17 @@ def test_a_folder_that_fails_a_check_is_refused_and_nothing_stays_behind(release
     damaged = another(release, tmp_path / "damaged")
     flip_a_bit(damaged / GGUF)
     wrong = {
-        damaged: (BadModelFile, "bf16.gguf is damaged: its SHA-256 is"),
+        damaged: (BadModelFile, "f16.gguf is damaged: its SHA-256 is"),
         another(release, tmp_path / "template", chat_sha256="0" * 64): (BadModelFile, "is not the release's"),
-        another(release, tmp_path / "prompt", system_prompt="Sing."): (BadParams, "chat.system_prompt is not the one"),
         tmp_path / "none": (BadModelFile, "so it is not an export"),
     }
     for folder, (kind, words) in wrong.items():
         with pytest.raises(kind, match=words):
             run(folder, ask)
-        assert children() == {}
+    sings = msgspec.structs.replace(CHAT, system_prompt="Sing.")
+    with pytest.raises(BadParams, match="chat.system_prompt is not the one"):
+        run(release, ask, chat=sings)
+    assert children() == {}
 
 
 def flip_a_bit(path: Path) -> None:
@@ -389,17 +370,25 @@ def test_an_answer_that_has_begun_is_finished_by_the_version_that_began_it(
 
 
 def test_a_version_that_fails_a_check_or_its_first_answer_is_not_taken_and_not_tried_again_before_it_is_mended(
-    release: Path, tiny_folder: Path, tmp_path: Path, registry: Registry, capsys: pytest.CaptureFixture[str]
+    release: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    registry: Registry,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     registry.promote(registry.add(release))
     template = another(release, tmp_path / "template", chat_sha256="0" * 64)
     silent = another(release, tmp_path / "silent")
-    convert(tiny_folder, silent / GGUF)
+    (silent / GGUF).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", sys.argv[:1])  # which it sets
+        convert(tiny_folder, silent / GGUF)  # its embeddings are tied: it says line ends alone
     write_release(silent, msgspec.json.decode((silent / "release.json").read_bytes(), type=Release))
     damaged = another(release, tmp_path / "damaged", base="other")
     whole = (damaged / GGUF).read_bytes()
     flip_a_bit(damaged / GGUF)
-    reasons = {template: "is not the release's", silent: "has nothing to say to", damaged: "bf16.gguf is damaged"}
+    reasons = {template: "is not the release's", silent: "has nothing to say to", damaged: "f16.gguf is damaged"}
 
     async def scenario(engine: Engine) -> None:
         said = ""
@@ -492,10 +481,15 @@ def test_vllm_is_not_started_for_another_base_another_adapter_or_another_templat
     release: Path, base_folder: Path, tiny_folder: Path, adapter_folder: Path, tmp_path: Path
 ) -> None:
     base = {"base": str(tiny_folder), "base_sha256": sha256_of(tiny_folder), "adapter_sha256": sha256_of(adapter_folder)}
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    (other / "chat_template.jinja").write_text("{{ messages }}")
     wrong = {
         "base": (base | {"base_sha256": "0" * 64}, f"{tiny_folder} is not the one that it was made of"),
         "adapter": (base | {"adapter_sha256": "0" * 64}, f"{adapter_folder} is not the adapter that"),
-        "template": (base | {"chat_sha256": "0" * 64}, f"the chat template of {tiny_folder} is not the release's"),
+        "template": (
+            base | {"base": str(other), "base_sha256": sha256_of(other)},
+            f"the chat template of {other} is not the release's",
+        ),
     }
     for name, (values, words) in wrong.items():
         folder = another(release, tmp_path / name, **values)
