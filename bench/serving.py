@@ -397,7 +397,7 @@ def with_two_versions(project: Path, folder: Path) -> Callable[[bool], None]:
                 "verdict": "promote",
                 "verdict_reason": "soak",
             }
-            versions.append(register(store, tracking, tags, run_of_version(store, tracking, "", key)))
+            versions.append(register(store, tracking, tags, run_of_version(store, tracking, "", key), "for a soak"))
         with changing(store, name):
             change(store, name, {CHAMPION: versions[0], PREVIOUS: versions[1]}, {})
 

@@ -32,9 +32,7 @@ class Source(msgspec.Struct, frozen=True):
     start: int  # characters into the document
     end: int
     quote: str
-    similarity: (
-        float  # cosine of the embeddings of the question and the pair's, or the mean of those of the chunk and of the quote
-    )
+    similarity: float  # cosine of the question and the pair's question, or the mean of those with the chunk and with the quote
 
 
 class Found(msgspec.Struct, frozen=True):
