@@ -18,7 +18,7 @@ from stages.models import as_hf_folder, free_cores, load_tokenizer
 from stages.params import Chat, Models, Retrieval
 from stages.program import BadInput, BadModelFile, LimitBroken, progress, run, say
 from stages.records import Answer, Chunk, Question, by_id, content_id, read_records, write_records
-from stages.release import plain_text
+from stages.release import ADAPTER_FILE, plain_text
 from stages.retrieval import searcher, with_passages
 from stages.systems import Asking, System, ask_llama, request_for, requests_for
 
@@ -157,7 +157,8 @@ def main(
     asked = read_records(exam, Question)
     if not asked:
         raise BadInput(f"{exam} holds no question; see reports/metrics/split.json")
-    quants = {path.stem.removeprefix("docsmith-"): path for path in sorted(gguf.glob("*.gguf"))}
+    files = [path for path in sorted(gguf.glob("*.gguf")) if path.name != ADAPTER_FILE]
+    quants = {path.stem.removeprefix("docsmith-"): path for path in files}
     if not quants:
         raise BadInput(f"{gguf} holds no .gguf file. Build it with: dvc repro export")
     base = as_hf_folder(models.base)

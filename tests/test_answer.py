@@ -24,6 +24,7 @@ from stages.models import load_tokenizer
 from stages.params import Chat, Models, Retrieval
 from stages.program import BadInput, BadModelFile
 from stages.records import Answer, Chunk, Question, read_records, write_records
+from stages.release import ADAPTER_FILE
 from stages.systems import Asking, System, requests_for
 
 SHORT = Chat(system_prompt="Answer briefly.", max_new_tokens=8, context_tokens=512)
@@ -210,6 +211,7 @@ def project(tmp_path: Path, base_folder: Path) -> Project:
         (folder / "model.safetensors").write_text(f"no weights of {folder.name}")
     found.gguf.mkdir()
     (found.gguf / "docsmith-q8_0.gguf").write_text("no weights")
+    (found.gguf / ADAPTER_FILE).write_text("no model of its own, so it is not asked")
     write_records(tmp_path / "exam.jsonl", ASKED)
     write_records(tmp_path / "chunks.jsonl", CHUNKS.values())
     near = {
