@@ -2,6 +2,7 @@
 
 import contextlib
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ ADVICE = {
     sqlite3.SQLITE_CANTOPEN: "check the path and its permissions",
     sqlite3.SQLITE_READONLY: "check the path and its permissions",
 }
+WAIT_S = 60  # for another process's lock
 RATE_ROWS = 5  # one row alone may be a handful of repairs
 
 
@@ -71,8 +73,8 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{name}.sqlite"
         with self._one_line_errors():
-            self._database = sqlite3.connect(self.path, timeout=60)
-            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database = sqlite3.connect(self.path, timeout=WAIT_S)
+            self._log_ahead()
             self._database.execute("PRAGMA synchronous=NORMAL")  # a power cut may lose the last replies, never the file
             self._database.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply BLOB NOT NULL) WITHOUT ROWID")
             self._database.execute(
@@ -128,6 +130,17 @@ class Store:
     def close(self) -> None:
         with self._one_line_errors():
             self._database.close()
+
+    def _log_ahead(self) -> None:
+        until = time.monotonic() + WAIT_S
+        while True:
+            try:
+                self._database.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:  # when several open a new file at once, SQLite does not wait here
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                    raise
+            time.sleep(0.05)
 
     @contextlib.contextmanager
     def _one_line_errors(self) -> Iterator[None]:

@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -57,6 +58,16 @@ def test_two_processes_write_at_once_and_nothing_is_lost(tmp_path: Path) -> None
     found = Store(tmp_path, "s").find([*keys, "shared"])
     assert len(found) == 301
     assert found["b-149"] == Reply("b" * 149, 149)
+
+
+def test_many_processes_that_open_a_new_store_at_the_same_moment_all_get_it(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from stages.llm import Store\n"
+        "time.sleep(max(0, float(sys.argv[2]) - time.time()))\n"
+        "for n in range(20): Store(Path(sys.argv[1]), f's{n}').close()"
+    )
+    openers = [start(program, tmp_path, str(time.time() + 3)) for _ in range(4)]
+    assert [opener.wait() for opener in openers] == [0, 0, 0, 0]
 
 
 def test_the_key_changes_with_every_field_of_a_request() -> None:
