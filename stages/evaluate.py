@@ -1,26 +1,28 @@
-"""data/exam.jsonl + data/answers/<system>.jsonl -> data/scores.jsonl + reports/metrics/evaluate.json
+"""data/exam.jsonl + data/chunks.jsonl + data/answers/<system>.jsonl -> data/scores.jsonl + reports/metrics/evaluate.json
 
 Scores every system on the same questions, set by set, with bootstrap intervals over sections and paired comparisons with base and
-tuned, and looks for the questions in data/train.jsonl. No language model is called; 1,000 answers take under a minute on two
-shared cores.
+tuned, and looks for the questions in data/train.jsonl. 1,000 answers take under a minute on two shared cores. No language model is
+called unless judge.enabled is true: then the judge of the stage `judge` rates each answer to a question with a passage, a call each.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from stages.files import sha256_of_file, write_json
+from stages.judging import Exhibit, Judged, Judging, exhibit_of, judged
 from stages.likeness import repeats
 from stages.models import load_embedder
 from stages.params import Models
 from stages.program import BadInput, BadRecord, run, say
-from stages.records import Answer, Example, Question, Score, by_id, read_records, write_records
+from stages.records import Answer, Chunk, Example, Question, Score, by_id, read_records, write_records
 from stages.scoreboard import (
     BASELINES,
     COLUMNS,
     SETS,
+    Rated,
     Scoreboard,
     SetScores,
     SystemScores,
@@ -93,6 +95,39 @@ def leaks(questions: Iterable[Question], examples: Iterable[Example]) -> tuple[s
     return tuple(sorted(asked[place].id for place in repeats([one.question for one in asked], trained)))
 
 
+def exhibits_of(answers: Sequence[Answer], questions: Mapping[str, Question], chunks: Mapping[str, Chunk]) -> dict[str, Exhibit]:
+    """What a judge is shown of each answer with a word to a question with a passage, by the answer's id.
+
+    Raises BadInput when the passage of a question is not among `chunks`.
+    """
+    exhibits = {}
+    for answer in answers:
+        question = questions[answer.question_id]
+        if question.chunk_id and question.chunk_id not in chunks:
+            raise BadInput(
+                f"question {question.id} names chunk {question.chunk_id}, which is not among the {len(chunks)} chunks. Run: dvc repro"
+            )
+        if question.chunk_id and not is_empty(answer):
+            exhibits[answer.id] = exhibit_of(question.question, answer.text, chunks[question.chunk_id])
+    return exhibits
+
+
+def ratings_of(found: Judged, answers: Sequence[Answer], questions: Mapping[str, Question]) -> dict[str, float]:
+    """The mean of faithfulness and usefulness, 1 to 5, by answer; replies without ratings and questions without a passage give none.
+
+    An answer without a word gets 1: it helps nobody, and a judge may find nothing unfaithful in it.
+    """
+    if not found.used:
+        return {}
+    # answerability is left out: it rates the question and its passage, which are the same for every system
+    scored = {
+        one.id: (one.faithfulness + one.usefulness) / 2
+        for one in found.judgements
+        if one.faithfulness is not None and one.usefulness is not None
+    }
+    return scored | {one.id: 1.0 for one in answers if is_empty(one) and questions[one.question_id].chunk_id}
+
+
 def score_set(scores: Sequence[Score], empty: set[str], sampling: Sampling, is_part: bool = False) -> SetScores:
     """The scores of one question set: each system's means, and what it gains over base and tuned on the questions both answered.
 
@@ -153,7 +188,18 @@ def table(name: str, scores: SetScores) -> str:
 
 
 def main(
-    exam: Path, train: Path, answers: Path, asked: Path, scores: Path, metrics: Path, evaluate: Scoring, models: Models
+    exam: Path,
+    chunks: Path,
+    train: Path,
+    answers: Path,
+    asked: Path,
+    store: Path,
+    scores: Path,
+    metrics: Path,
+    *,
+    evaluate: Scoring,
+    judge: Judging,
+    models: Models,
 ) -> None:
     questions = by_id(read_records(exam, Question))
     if not any(question.set == "recall" for question in questions.values()):
@@ -171,7 +217,10 @@ def main(
         own = read_records(path, Answer)
         check_answers(questions, system, own, path)
         said += own
-    scored = score_answers(questions, said, load_embedder(models.embedder), evaluate.pass_similarity)
+    exhibits = exhibits_of(said, questions, by_id(read_records(chunks, Chunk))) if judge.enabled else {}
+    found = judged(exhibits, judge, models.teacher, store)  # before the embedder, which would share a GPU with the judge
+    ratings = ratings_of(found, said, questions)
+    scored = score_answers(questions, said, load_embedder(models.embedder), evaluate.pass_similarity, ratings)
     empty = {answer.id for answer in said if is_empty(answer)}
     by_set = {name: [score for score in scored if score.set == name] for name in SETS}
     board = Scoreboard(
@@ -182,9 +231,11 @@ def main(
         questions_sha256=noted.questions_sha256,
         chat_sha256=noted.chat_sha256,
         leaks=leaks(questions.values(), read_records(train, Example)),
+        judge=Rated(used=found.used, why=found.why, **found.counts()),
     )
     write_records(scores, scored)
     write_json(metrics, board)
+    say(f"evaluate: judge: {found.said('answer')}")
     say(f"evaluate: means with {100 * evaluate.confidence:g} % intervals over sections; gains are in similarity")
     for name, one in board.sets.items():
         say(table(name, one))

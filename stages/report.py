@@ -33,7 +33,7 @@ from stages.pages import (
 from stages.params import Count
 from stages.program import BadInput, LimitBroken, run, say
 from stages.records import Answer, Coverage, Document, Finding, Question, Rejected, Score, by_id, read_records
-from stages.scoreboard import Scoreboard, SetScores, brief, figure, in_order, read_scoreboard
+from stages.scoreboard import Rated, Scoreboard, SetScores, brief, figure, in_order, read_scoreboard
 from stages.verdict import Gate, Gates, judge
 
 MAX_SOURCES = 20
@@ -151,6 +151,14 @@ def type_table(scores: SetScores) -> tuple[Row, list[Row]]:
         for system in in_order(list(scores.systems))
     ]
     return ("system", *kinds), rows if kinds else []
+
+
+def rated_in_words(rated: Rated) -> str:
+    """How many answers a judge rated, or why none."""
+    if not rated.used:
+        return f"No judge rated the answers: {rated.why}."
+    lost = f"{rated.unparsed:,} replies were unparsed and {rated.failed:,} calls failed"
+    return f"A judge rated {rated.scored:,} of {rated.asked:,} answers from 1 to 5, and {lost}: {rated.why}."
 
 
 def shown_set(name: str, scores: SetScores) -> dict[str, Any]:
@@ -436,6 +444,7 @@ def main(
         "verdict": verdict,
         "gates": gate_rows(verdict.gates),
         "served": served,
+        "rated": rated_in_words(board.judge),
         "confidence": f"{100 * board.confidence:g} %",
         "sets": [shown_set(name, board.sets[name]) for name in SETS if name in board.sets],
         "counts": [measured(dig(validate, name), "{:,}") for name in ("candidates", "pairs", "rejected")],

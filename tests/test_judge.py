@@ -1,21 +1,19 @@
 """judge: against a fake server, whose judges are a few lines each."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-import yaml
 from conftest import MODELS
 from fake_endpoint import FakeEndpoint, Turn
+from fake_judge import Judge, audited, honest, is_probe, judging, ratings
 
-from stages.judge import DIMENSIONS, PROBES, Params, judgement_of, main, probes_of, read_probes
-from stages.llm import Endpoint, Reply
-from stages.params import convert_section
-from stages.program import BadInput, BadParams
+from stages.judge import main
+from stages.judging import DIMENSIONS
+from stages.program import BadInput
 from stages.records import Candidate, Chunk, Judgement, Measurement, Pair, Rejected, read_records, write_records
 from stages.validate import Params as Validate
 from stages.validate import main as validate
@@ -48,29 +46,6 @@ FALSE = msgspec.structs.replace(
     TRUE, id="false", question="How hot is green tea steeped?", answer="Steep it in boiling milk, and for long.", wording=2
 )
 FOURTH = msgspec.structs.replace(TRUE, id="fourth", question="For how many minutes does green tea steep?", wording=4)
-Judge = Callable[[dict[str, Any]], str]
-
-
-def ratings(faithfulness: int, answerability: int = 5, usefulness: int = 5, **more: Any) -> str:
-    given = {"faithfulness": faithfulness, "answerability": answerability, "usefulness": usefulness}
-    return json.dumps({"reason": "as asked"} | given | more)
-
-
-def is_probe(body: dict[str, Any]) -> bool:
-    return "Topic: Tea" not in body["messages"][-1]["content"]
-
-
-def honest(body: dict[str, Any]) -> str:
-    """Reads: an answer is faithful when four of five of its words stand in the passage."""
-    shown = re.fullmatch(r"Topic: .*\nPassage:\n(.*)\n\nQuestion: (.*)\nAnswer: (.*)", body["messages"][-1]["content"], re.DOTALL)
-    assert shown is not None
-    passage, answer = (re.findall(r"\w+", text.lower()) for text in (shown[1], shown[3]))
-    return ratings(5 if sum(word in passage for word in answer) >= 0.8 * len(answer) else 1)
-
-
-def audited(text: str) -> Judge:
-    """A judge that is honest about probes, and says `text` about candidates."""
-    return lambda body: honest(body) if is_probe(body) else text
 
 
 class Files:
@@ -88,19 +63,8 @@ class Files:
     def judge(self, text: Judge, turn: Callable[[str, int], Turn] = lambda prompt, call: "ok", **changes: Any) -> FakeEndpoint:
         """Runs the stage with a judge that says `text`; the endpoint knows what it was asked."""
         with FakeEndpoint(turn, text) as endpoint:
-            settings: dict[str, Any] = {
-                "enabled": True,
-                "endpoints": (Endpoint(url=endpoint.url, model="judge"),),
-                "engine": "auto",
-                "wordings": 3,
-                "min_score": 4,
-                "audit_pass_share": 0.9,
-                "max_tokens": 256,
-                "concurrency": 8,
-                "timeout_s": 10,
-            }
             paths = self.candidates, self.chunks, self.folder / "store", self.judgements, self.metrics
-            main(*paths, judge=Params(**settings | changes), models=MODELS)
+            main(*paths, judge=judging(endpoint, **changes), models=MODELS)
         return endpoint
 
     def found(self) -> dict[str, Judgement]:
@@ -192,23 +156,6 @@ def test_the_share_of_probes_that_a_judge_must_get_right_is_a_setting(files: Fil
     assert (files.figures()["used"], files.figures()["audit"]["caught"]) == (is_used, 14)
 
 
-def test_half_of_the_probes_right_is_never_enough() -> None:
-    shipped = yaml.safe_load((PROBES.parents[1] / "params.yaml").read_text(encoding="utf-8"))["judge"]
-    assert convert_section("judge", shipped | {"audit_pass_share": 0.51}, Params, "params.yaml")
-    with pytest.raises(BadParams, match=r"judge\.audit_pass_share: expected `float` > 0\.5"):
-        convert_section("judge", shipped | {"audit_pass_share": 0.5}, Params, "params.yaml")
-
-
-def test_the_probes_are_twins_whose_answers_fit_their_own_passage_better() -> None:
-    twins = read_probes(PROBES)
-    right, swapped = probes_of(twins)
-    assert len(right) == len(swapped) == 2 * len(twins) == 16
-    for own, other in zip(right.values(), swapped.values(), strict=True):
-        assert (own.topic, own.text, own.question) == (other.topic, other.text, other.question)
-        passage, good, bad = (set(re.findall(r"\w+", text.lower())) for text in (own.text, own.answer, other.answer))
-        assert len(good - passage) <= 1 and len(bad - passage) > len(good - passage)
-
-
 # the ratings
 
 
@@ -228,50 +175,6 @@ def test_the_reason_is_asked_for_before_the_ratings(files: Files) -> None:
     assert list(schema["properties"]) == ["reason", *DIMENSIONS]
     assert schema["properties"]["faithfulness"] == {"enum": [1, 2, 3, 4, 5]}
     assert schema["additionalProperties"] is False and sorted(schema["required"]) == sorted(["reason", *DIMENSIONS])
-
-
-@pytest.mark.parametrize(
-    ("answer", "too_low"),
-    [
-        (ratings(4, 4, 4), ()),
-        (ratings(3, 4, 5), ("faithfulness",)),
-        (ratings(5, 1, 5), ("answerability",)),
-        (ratings(2, 5, 3), ("faithfulness", "usefulness")),
-    ],
-)
-def test_ratings_below_the_lowest_accepted_are_named(answer: str, too_low: tuple[str, ...]) -> None:
-    judgement = judgement_of("id", Reply(text=answer), 4)
-    assert (judgement.status, judgement.reason, judgement.too_low) == ("scored", "as asked", too_low)
-    assert {name: getattr(judgement, name) for name in DIMENSIONS}.items() <= json.loads(answer).items()
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "{",
-        "5",
-        "[]",
-        ratings(0),
-        ratings(6),
-        ratings(5).replace("5", "NaN", 1),
-        ratings(5).replace("5", "null", 1),
-        ratings(5).replace("5", '"5"', 1),
-        ratings(5).replace("5", "4.5", 1),
-        ratings(5, answer="A better answer."),
-        '{"reason": "no usefulness", "faithfulness": 1, "answerability": 1}',
-        f"Here you are: {ratings(1)}",
-    ],
-)
-def test_what_is_not_the_json_asked_for_is_unparsed_and_no_number(text: str) -> None:
-    judgement = judgement_of("id", Reply(text=text), 4)
-    assert judgement.status == "unparsed" and judgement.reason.startswith("not the JSON asked for: ")
-    assert [getattr(judgement, name) for name in DIMENSIONS] == [None, None, None] and judgement.too_low == ()
-
-
-def test_a_reply_that_was_cut_says_so() -> None:
-    judgement = judgement_of("id", Reply(text='{"reason": "and so on and so', is_whole=False), 4)
-    assert (judgement.status, judgement.reason) == ("unparsed", "cut at judge.max_tokens")
 
 
 def test_the_limit_is_a_setting_and_a_new_one_costs_no_call(files: Files) -> None:

@@ -64,6 +64,8 @@ def test_every_candidate_is_a_pair_or_rejected_and_every_call_is_accounted_for(p
 def test_the_judge_is_off_and_nothing_that_was_judged_counts(project: Path) -> None:
     assert metrics(project, "judge") == {"used": False, "why": "judge.enabled is false"}
     assert (project / "data/judgements.jsonl").read_bytes() == b""
+    rated = {"used": False, "why": "judge.enabled is false", "asked": 0, "scored": 0, "unparsed": 0, "failed": 0}
+    assert metrics(project, "evaluate")["judge"] == rated
 
 
 def test_every_section_is_on_the_map_and_most_have_a_pair(project: Path) -> None:

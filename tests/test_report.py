@@ -13,7 +13,7 @@ from stages.pages import MAX_CHARACTERS, NOT_MEASURED
 from stages.program import BadInput, LimitBroken
 from stages.records import Question, Score, read_records, write_records
 from stages.report import Params, duration, finding_rows, main, pick_samples, run_rows, spread
-from stages.scoreboard import Interval
+from stages.scoreboard import Interval, Rated
 from stages.verdict import Gates
 
 HOSTILE = "Use | or <script>alert(1)</script> and `code`, *now*: @team #1\n![x](http://example.org/x.png)"
@@ -145,6 +145,27 @@ def test_the_report_says_whether_a_judge_was_used_and_why(tmp_path: Path) -> Non
     assert f"{said}the audit failed: 0 of 16." in markdown and f"{said}the audit failed: 0 of 16." in page
     (paths[1] / "judge.json").write_text(json.dumps({"used": True, "why": "the audit passed"}))
     assert "The LLM judge was used: the audit passed." in write_report(paths)[0]
+
+
+def test_the_report_says_how_many_answers_were_rated_or_why_none_and_shows_ratings_where_there_are_any(tmp_path: Path) -> None:
+    paths = write_run(tmp_path)
+    board = scoreboard()
+    texts = write_report(paths)
+    assert all("No judge rated the answers: no judge was asked." in text for text in texts)
+    assert "| judge |" not in texts[0] and "<th>judge</th>" not in texts[1]
+    systems = {
+        name: msgspec.structs.replace(one, measures=one.measures | {"judge": Interval(3.25, 2.5, 4.0)})
+        for name, one in board.sets["recall"].systems.items()
+    }
+    recall = msgspec.structs.replace(board.sets["recall"], systems=systems)
+    rated = Rated(used=True, why="the audit passed", asked=1200, scored=1190, unparsed=7, failed=3)
+    write_scores(tmp_path, msgspec.structs.replace(board, sets=board.sets | {"recall": recall}, judge=rated))
+    said = "A judge rated 1,190 of 1,200 answers from 1 to 5, and 7 replies were unparsed and 3 calls failed: the audit passed."
+    markdown, page = write_report(paths)
+    assert said in markdown and said in page
+    others = {part.split("\n")[0]: part.split("<details>")[1].split("</details>")[0] for part in markdown.split("\n### ")[1:]}
+    assert "| judge |" in others["Recall"] and "3.250 [2.500 to 4.000]" in others["Recall"]
+    assert "judge" not in others["General"] and page.count("<th>judge</th>") == 1
 
 
 def test_coverage_is_shown_with_its_picture_and_the_sections_that_lost_most_candidates(tmp_path: Path) -> None:

@@ -11,7 +11,19 @@ from stages.records import SetName
 SETS: tuple[str, ...] = get_args(SetName)
 MEASURES = ("similarity", "rouge_l", "key_facts", "evidence", "judge", "abstained", "passed")  # the numbers of a Score
 BASELINES = ("base", "tuned")  # what every other system is compared with
-COLUMNS = ("system", "n", "empty", "similarity", "ROUGE-L", "key facts", "passed", "abstained", "over base", "over tuned")
+COLUMNS = (
+    "system",
+    "n",
+    "empty",
+    "similarity",
+    "ROUGE-L",
+    "key facts",
+    "judge",
+    "passed",
+    "abstained",
+    "over base",
+    "over tuned",
+)
 
 
 class Interval(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,6 +65,17 @@ class SetScores(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     unknown: "SetScores | None" = None  # the same for the questions that base did not pass; it has none of its own
 
 
+class Rated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Whether a judge rated the answers, and why or why not; how many replies had ratings: asked = scored + unparsed + failed."""
+
+    used: bool
+    why: str
+    asked: int = 0
+    scored: int = 0
+    unparsed: int = 0
+    failed: int = 0
+
+
 class Scoreboard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """reports/metrics/evaluate.json. A set without a question is absent; sets are never averaged together."""
 
@@ -63,6 +86,7 @@ class Scoreboard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     questions_sha256: str
     chat_sha256: str  # of the chat template and system prompt that the questions were asked with
     leaks: tuple[str, ...]  # ids of questions that stand in the training data, word for word or nearly
+    judge: Rated = Rated(used=False, why="no judge was asked")  # what boards from before there were ratings say
 
 
 def read_scoreboard(path: Path) -> Scoreboard:
@@ -95,7 +119,7 @@ def score_rows(scores: SetScores) -> list[tuple[str, ...]]:
             system,
             str(one.n),
             str(one.empty),
-            *(measure(one, name) for name in ("similarity", "rouge_l", "key_facts", "passed", "abstained")),
+            *(measure(one, name) for name in ("similarity", "rouge_l", "key_facts", "judge", "passed", "abstained")),
             gain(system, "base"),
             gain(system, "tuned"),
         )

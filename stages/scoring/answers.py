@@ -1,4 +1,4 @@
-"""What one answer is worth, measured without a language model."""
+"""What one answer is worth: what is measured without a language model, beside the ratings that a judge gave."""
 
 import functools
 import math
@@ -33,12 +33,16 @@ class Language(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def score_answers(
-    questions: Mapping[str, Question], answers: Sequence[Answer], embedder: Any, pass_similarity: float
+    questions: Mapping[str, Question],
+    answers: Sequence[Answer],
+    embedder: Any,
+    pass_similarity: float,
+    ratings: Mapping[str, float] = {},
 ) -> list[Score]:
     """One Score for each of `answers`, in their order. An answer without a word scores 0, whatever its embedding says.
 
     Similarity and ROUGE-L (F-measure over lower-case words, no stemming; Lin 2004, "ROUGE: A Package for Automatic Evaluation of
-    Summaries") need the question's reference, the other shares its key facts or its quote; without, they are None.
+    Summaries") need the question's reference, the other shares its key facts or its quote; without, they are None. `ratings` holds a judge's ratings by the ids of the answers that have one.
     An out-of-scope question is passed by abstaining. Any other is passed by words as near to the reference as `pass_similarity`, with
     every key fact, which abstain only where the reference itself does ("I cannot know what time it is"). Raises BadRecord when a similarity is not a number.
     """
@@ -81,7 +85,7 @@ def score_answers(
                 rouge_l=rouge_l,
                 key_facts=key_facts,
                 evidence=share_in_quote(question.quote, answer.text),
-                judge=None,  # a judge that passed the audit of the stage `judge` would rate answers here
+                judge=ratings.get(answer.id),
                 abstained=float(abstained),
                 passed=float(is_right),
             )

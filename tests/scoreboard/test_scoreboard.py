@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from msgspec import to_builtins
 
 from stages.files import write_json
 from stages.program import BadInput
@@ -27,7 +28,9 @@ SETS = {
         questions=4,
         sections=2,
         systems={
-            "tuned": SystemScores(4, 0, {"similarity": MEAN, "passed": Interval(1.0, None, None)}),
+            "tuned": SystemScores(
+                4, 0, {"similarity": MEAN, "judge": Interval(4.5, 4.0, 5.0), "passed": Interval(1.0, None, None)}
+            ),
             "base": SystemScores(4, 1, {"similarity": Interval(0.25, 0.0, 0.5), "rouge_l": MEAN}),
         },
         comparisons={"tuned-base": Comparison(4, 2, {"similarity": Interval(0.25, -0.0001, 0.5)}, 0.375, 2, 1, 0.625)},
@@ -42,6 +45,7 @@ def test_a_row_has_a_cell_for_each_column_and_none_for_what_was_not_measured() -
     assert all(len(row) == len(COLUMNS) for row in rows)
     base, tuned = (dict(zip(COLUMNS, row, strict=True)) for row in rows)
     assert (base["system"], base["empty"], base["ROUGE-L"], base["over base"]) == ("base", "1", "0.500 [0.250 to 0.750]", "")
+    assert (tuned["judge"], base["judge"]) == ("4.500 [4.000 to 5.000]", "")
     assert (tuned["passed"], tuned["ROUGE-L"], tuned["over base"]) == ("1.000", "", "0.250 [0.000 to 0.500]")
 
 
@@ -58,6 +62,11 @@ def test_an_interval_names_its_confidence_and_one_section_gives_a_mean_alone() -
 def test_a_scoreboard_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_json(tmp_path / "evaluate.json", BOARD)
     assert read_scoreboard(tmp_path / "evaluate.json") == BOARD
+
+
+def test_a_scoreboard_from_before_answers_were_rated_can_be_read(tmp_path: Path) -> None:
+    write_json(tmp_path / "evaluate.json", {name: value for name, value in to_builtins(BOARD).items() if name != "judge"})
+    assert read_scoreboard(tmp_path / "evaluate.json").judge.used is False
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"confidence": 0.95, "recall": {}}'])
