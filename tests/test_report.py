@@ -164,7 +164,7 @@ def test_the_report_says_how_many_answers_were_rated_or_why_none_and_shows_ratin
     markdown, page = write_report(paths)
     assert said in markdown and said in page
     others = {part.split("\n")[0]: part.split("<details>")[1].split("</details>")[0] for part in markdown.split("\n### ")[1:]}
-    assert "| judge |" in others["Recall"] and "3.250 [2.500 to 4.000]" in others["Recall"]
+    assert "| judge |" in others["Recall"] and r"3.250 \[2.500 to 4.000\]" in others["Recall"]
     assert "judge" not in others["General"] and page.count("<th>judge</th>") == 1
 
 
