@@ -218,7 +218,8 @@ def main(
         check_answers(questions, system, own, path)
         said += own
     exhibits = exhibits_of(said, questions, by_id(read_records(chunks, Chunk))) if judge.enabled else {}
-    found = judged(exhibits, judge, models.teacher, store)  # before the embedder, which would share a GPU with the judge
+    # before the embedder is loaded, which would share a GPU with the judge
+    found = judged(exhibits, judge, models.teacher, store)
     ratings = ratings_of(found, said, questions)
     scored = score_answers(questions, said, load_embedder(models.embedder), evaluate.pass_similarity, ratings)
     empty = {answer.id for answer in said if is_empty(answer)}
