@@ -176,14 +176,15 @@ def through_docsmith(server: Server) -> Side:
     return Side(f"{server.address}/chat", lambda question: {"question": question, "stream": True}, text_of)
 
 
-def from_the_engine(server: Server) -> Side:
-    """The same conversation, held with llama.cpp itself."""
+def as_openai(server: Server, address: str, system_prompt: str = "") -> Side:
+    """The same conversation by OpenAI's route at `address`: the server's own, or llama.cpp's, which needs the system prompt."""
     from stages.chats import with_system
     from stages.records import Message
 
     def body(question: str) -> dict[str, Any]:
+        asked = [Message(role="user", content=question)]
         return {
-            "messages": with_system(server.chat.system_prompt, [Message(role="user", content=question)]),
+            "messages": with_system(system_prompt, asked) if system_prompt else asked,
             "max_tokens": server.chat.max_new_tokens,
             "temperature": 0,
             "stream": True,
@@ -195,7 +196,7 @@ def from_the_engine(server: Server) -> Side:
         choices = json.loads(line[6:])["choices"]
         return (choices[0]["delta"].get("content") or "") if choices else ""
 
-    return Side(f"{server.engine()}/v1/chat/completions", body, text_of)
+    return Side(f"{address}/v1/chat/completions", body, text_of)
 
 
 @contextlib.asynccontextmanager
@@ -263,48 +264,57 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def beside_the_engine(project: Path, folder: Path, pairs: int, number: int) -> tuple[dict[str, Any], str]:
-    """Row P12."""
+    """Row P12: the ratio is that of the route that llama.cpp has too; POST /chat also looks up the sources of each answer."""
     from bench.generation import bandwidth
 
     questions = questions_of(project)
     with serving(project, folder) as server:
-        sides = [through_docsmith(server), from_the_engine(server)]
+        engine = as_openai(server, server.engine(), server.chat.system_prompt)
+        sides = [as_openai(server, server.address), through_docsmith(server), engine]
 
         async def one_by_one() -> list[list[float]]:
-            firsts: list[list[float]] = [[], []]
+            firsts: list[list[float]] = [[] for _ in sides]
             async with client() as http:
                 for turn in range(pairs * number):
-                    for place in (0, 1) if turn % 2 else (1, 0):
-                        said = await ask(http, sides[place], next(questions))
+                    question = next(questions)
+                    for place in order(turn):
+                        said = await ask(http, sides[place], f"{place} {question}")
                         if not said.is_whole() or not said.pieces:
                             raise SystemExit(f"{sides[place].url} answered {said.status}: {last_words(server.log)}")
                         firsts[place].append(1000 * (said.pieces[0] - said.began))
             return firsts
 
+        def order(turn: int) -> Sequence[int]:
+            return range(len(sides)) if turn % 2 else range(len(sides) - 1, -1, -1)
+
         for side in sides:
             asyncio.run(at_once(side, questions, number=AT_ONCE))  # warm
-        rates: list[list[float]] = [[], []]
+        rates: list[list[float]] = [[] for _ in sides]
         for turn in range(pairs):
-            for place in (0, 1) if turn % 2 else (1, 0):
-                began, ended, said = asyncio.run(at_once(sides[place], questions, number=number))
+            asked = [next(questions) for _ in range(number)]
+            for place in order(turn):  # the same questions, with beginnings of their own
+                began, ended, said = asyncio.run(at_once(sides[place], (f"{place} {one}" for one in asked), number=number))
                 if not all(one.is_whole() for one in said):
                     raise SystemExit(f"{sides[place].url} left questions unanswered: {last_words(server.log)}")
                 rates[place].append(rate(began, ended, said))
-            print(f"P12 {turn + 1}/{pairs}: {rates[0][-1]:.0f} and {rates[1][-1]:.0f} tokens/s", flush=True)
+            print(f"P12 {turn + 1}/{pairs}: {', '.join(f'{found[-1]:.0f}' for found in rates)} tokens/s", flush=True)
         firsts = asyncio.run(one_by_one())
         size = served_bytes(project)
         slots = server.serve.parallel
-    ours, theirs = (statistics.median(values) for values in firsts)
+    route, chat, direct = (statistics.median(values) for values in rates)
+    first_route, first_chat, first_direct = (statistics.median(values) for values in firsts)
+    with_sources = statistics.median(mine / other for mine, other in zip(rates[1], rates[2], strict=True))
     read = bandwidth(size)
     said_text = (
-        f"P12, {AT_ONCE} conversations at once, {number} for each side in each pair: {statistics.median(rates[0]):.0f} tokens/s through the server, "
-        f"{statistics.median(rates[1]):.0f} from llama.cpp itself. First token, one conversation at a time, {len(firsts[0])} for each side: "
-        f"median {ours:.1f} and {theirs:.1f} ms, a difference of {ours - theirs:.1f} ms (90th percentile {percentile(firsts[0], 0.9):.1f} and "
-        f"{percentile(firsts[1], 0.9):.1f} ms); at most 2 ms are wanted. The fraction is that of the memory's bandwidth, {read / 1e9:.1f} GB/s, "
-        f"if the weights ({size / 1e6:.0f} MB) are read once for {slots} new tokens, prompts not counted."
+        f"P12, {AT_ONCE} conversations at once, the same {number} questions for each side in each of {pairs} rounds: {route:.0f} tokens/s by the "
+        f"server's /v1/chat/completions, {direct:.0f} by llama.cpp's. POST /chat, which embeds each question to find the sources of its answer, "
+        f"on the same cores: {chat:.0f} ({with_sources:.3f} of llama.cpp's). First token, one conversation at a time, {len(firsts[0])} for each "
+        f"side, medians: {first_route:.1f}, {first_chat:.1f} (/chat) and {first_direct:.1f} ms (llama.cpp), so "
+        f"{first_route - first_direct:.1f} and {first_chat - first_direct:.1f} ms more; at most 2 ms are wanted. The fraction is that of the "
+        f"memory's bandwidth, {read / 1e9:.1f} GB/s, if the weights ({size / 1e6:.0f} MB) are read once for {slots} new tokens, prompts not counted."
     )
-    found = row([mine / other for mine, other in zip(*rates, strict=True)], statistics.median(rates[0]) / slots * size / read)
-    return found | {"first_token_ms": round(ours - theirs, 2)}, said_text
+    found = row([mine / other for mine, other in zip(rates[0], rates[2], strict=True)], route / slots * size / read)
+    return found | {"chat_ratio": round(with_sources, 4), "first_token_ms": round(first_chat - first_direct, 2)}, said_text
 
 
 def served_bytes(project: Path) -> int:
