@@ -1,5 +1,6 @@
 """The sections of the documentation behind an answer."""
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 # Of questions whose evidence is known, these four have it hardly less often than three of each kind, which are six: trained evidence is
 # seldom right but at the first place, and never for a question of which nothing was trained.
 MOST_TRAINED, MOST_RETRIEVED = 1, 3
+EMBEDDED_AT_ONCE = 32  # texts
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -54,26 +56,14 @@ class Sources:
     """Looks questions up in `passages`, by the embedder `embedder`, whose embeddings of them are kept in `store`.
 
     Making one takes seconds, and minutes for thousands of passages that are new to `store`. Its methods may be called in any thread; one
-    search runs at a time and takes some 10 ms of one core, so that a server calls them in a thread beside its event loop.
+    question is embedded at a time, which takes some 10 ms of one core, so that a server calls them in a thread beside its event loop.
     """
 
     def __init__(self, passages: Sequence[Passage], embedder: str, store: Path) -> None:
         self._passages = by_id(sorted(passages, key=lambda passage: passage.id))
         if not passages:
             return
-        import threadpoolctl
-        import torch
-        from transformers.utils.logging import disable_progress_bar
-
-        from stages.models import load_embedder
-
-        # their threads spin while they wait, as llama.cpp's do: beside it, two of torch's took 20 times as long as one, two of numpy's 300
-        torch.set_num_threads(1)
-        threadpoolctl.threadpool_limits(1, user_api="blas")
-        disable_progress_bar()  # type: ignore[no-untyped-call]  # it would run through what a person types in the chat
-        model = load_embedder(embedder)
-        self._embed: Callable[[Sequence[str]], Any] = lambda texts: model.encode(list(texts), normalize_embeddings=True)
-        self._searching = threading.Lock()  # a tokenizer may be used by one thread at a time
+        self._embed = _embedding(embedder)
         self._chunks = [_as_chunk(passage) for passage in self._passages.values()]
         self._trained = [(passage, pair) for passage in self._passages.values() for pair in passage.trained]
         self._chunk_vectors = kept_vectors([searched(chunk) for chunk in self._chunks], embedder, self._embed, store)
@@ -89,8 +79,7 @@ class Sources:
         """
         if not self._passages:
             return Found((), covered=True)
-        with self._searching:
-            asked = self._embed([question])
+        asked = self._embed([question])
         # of one passage the nearest stays, and evidence where both are as near
         ordered = sorted([*self._retrieved(asked), *self._trained_near(asked)], key=lambda source: source.similarity)
         if ordered[-1].similarity < min_similarity:
@@ -129,11 +118,36 @@ class Sources:
         """`question` with the `top_k` passages nearest to it, as the system `tuned_rag` is asked; fewer of them where they do not fit."""
         if not self._passages:
             return question
-        with self._searching:
-            asked = self._embed([question])
+        asked = self._embed([question])
         return with_passages(
             question, [self._chunks[place] for place, _ in nearest_places(asked, self._chunk_vectors, top_k)[0]], fits
         )[0]
+
+
+@functools.cache  # the sources of the next version use it too, and memory does not grow with each
+def _embedding(reference: str) -> Callable[[Sequence[str]], Any]:
+    """What embeds texts, in one thread at a time, since a tokenizer may not be used by two, and a few at a time, since others wait."""
+    import numpy as np
+    import threadpoolctl
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from stages.models import load_embedder
+
+    # their threads spin while they wait, as llama.cpp's do: beside it, two of torch's took 20 times as long as one, two of numpy's 300
+    torch.set_num_threads(1)
+    threadpoolctl.threadpool_limits(1, user_api="blas")
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # it would run through what a person types in the chat
+    model, embedding = load_embedder(reference), threading.Lock()
+
+    def embed(texts: Sequence[str]) -> Any:
+        parts = []
+        for first in range(0, max(len(texts), 1), EMBEDDED_AT_ONCE):
+            with embedding:
+                parts.append(model.encode(list(texts[first : first + EMBEDDED_AT_ONCE]), normalize_embeddings=True))
+        return np.concatenate(parts)
+
+    return embed
 
 
 def _place_of(quote: str, passage: Passage) -> tuple[int, int]:

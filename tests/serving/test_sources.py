@@ -76,6 +76,13 @@ def sources(store: Path) -> Sources:
     return Sources(PASSAGES, MODELS.embedder, store)
 
 
+def test_the_sources_of_the_next_version_use_the_embedder_that_is_loaded(tmp_path: Path) -> None:
+    first, second = (Sources([passage(heading)], MODELS.embedder, tmp_path) for heading in ("Lamp", "Radio"))
+    assert first._embed is second._embed
+    texts = [f"{number} lamps" for number in range(33)]  # more than it embeds at once
+    assert np.allclose(first._embed(texts)[32], first._embed(texts[32:])[0], atol=1e-5) and len(first._embed(texts)) == 33
+
+
 def test_the_evidence_of_the_nearest_trained_question_comes_before_passages_and_each_passage_once(sources: Sources) -> None:
     found = sources.find("How can I descale my kettle?", 0.45)
     first, *others = found.sources
