@@ -134,11 +134,11 @@ def _embedding(reference: str) -> Callable[[Sequence[str]], Any]:
 
     from stages.models import load_embedder
 
-    # their threads spin while they wait, as llama.cpp's do: beside it, two of torch's took 20 times as long as one, two of numpy's 300
-    torch.set_num_threads(1)
-    threadpoolctl.threadpool_limits(1, user_api="blas")
     disable_progress_bar()  # type: ignore[no-untyped-call]  # it would run through what a person types in the chat
     model, embedding = load_embedder(reference), threading.Lock()
+    # their threads spin while they wait, as llama.cpp's do: beside it, two of torch's took 20 times as long as one, two of numpy's 300
+    torch.set_num_threads(1)
+    threadpoolctl.threadpool_limits(1, user_api="blas")  # of the libraries that are loaded by now
 
     def embed(texts: Sequence[str]) -> Any:
         parts = []
