@@ -70,7 +70,7 @@ class Sources:
 
     def find(self, question: str, min_similarity: float) -> Found:
         words = set(question.lower().strip("?").split())
-        near = len(words & set(PASSAGE.text.lower().strip(".").split())) / len(words)
+        near = len(words & set(PASSAGE.text.lower().strip(".").split())) / max(len(words), 1)  # there is none in "?"
         place = Source("retrieved", PASSAGE.id, PASSAGE.path, PASSAGE.heading_path, 10, 33, PASSAGE.text, near)
         return Found((place,), near >= min_similarity)
 
