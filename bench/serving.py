@@ -182,9 +182,9 @@ def as_openai(server: Server, address: str, system_prompt: str = "") -> Side:
     from stages.records import Message
 
     def body(question: str) -> dict[str, Any]:
-        asked = [Message(role="user", content=question)]
+        messages = with_system(system_prompt, [Message(role="user", content=question)])
         return {
-            "messages": with_system(system_prompt, asked) if system_prompt else asked,
+            "messages": messages if system_prompt else messages[-1:],
             "max_tokens": server.chat.max_new_tokens,
             "temperature": 0,
             "stream": True,
