@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 LOCK := $(if $(filter gpu,$(PROFILE)),requirements/gpu.txt,requirements/cpu.txt)
 READY := $(VENV)/.ready-$(notdir $(basename $(LOCK)))
+TEAM := $(VENV)/.ready-team
 # llama.cpp's library is built here for quantising only: a portable build, without its image tools
 export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -11,7 +12,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo repro test lint browser doctor review feedback chat serve ui compare promote profile lock clean
+.PHONY: help setup team demo repro test lint browser doctor review feedback chat serve ui compare promote profile lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,13 +24,19 @@ $(READY): $(LOCK)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK)
 	@touch $@
 
+team: $(TEAM)  ## beside those, what several machines or people need: Ray, S3, PostgreSQL, a router
+
+$(TEAM): requirements/team.txt $(READY)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/team.txt
+	@touch $@
+
 demo: repro  ## the whole pipeline on the bundled docs, and its scores
 	@python -m stages.summary
 
 repro: $(READY)  ## dvc repro: what changed since the last run
 	dvc repro
 
-test: $(READY) browser  ## the tests, a real run of the pipeline included
+test: $(TEAM) browser  ## the tests, a real run of the pipeline included
 	python -m pytest
 
 browser:  ## a Chromium for the tests of the review page, where there is none
@@ -76,6 +83,8 @@ lock: $(READY)  ## pin the newest packages that fit together, for both profiles
 	$(VENV)/bin/python -m pip install --quiet uv
 	$(UV_COMPILE) --extra cpu --extra dev --override requirements/leave-out-cpu.txt $(foreach folder,$(PIP_FIND_LINKS),--find-links $(folder)) --output-file requirements/cpu.txt
 	sed -i 's/^torch==\(.*\)+cpu$$/torch==\1/' requirements/cpu.txt
+	$(UV_COMPILE) --extra team --extra team-dev --constraint requirements/cpu.txt --override requirements/leave-out-cpu.txt --override requirements/override-team.txt --output-file requirements/team.tmp
+	grep -vxFf requirements/cpu.txt requirements/team.tmp | grep -v '^torch==' > requirements/team.txt; rm requirements/team.tmp
 	$(UV_COMPILE) --extra gpu --extra dev --override requirements/leave-out-gpu.txt --python-platform x86_64-unknown-linux-gnu --output-file requirements/gpu.txt
 
 clean:  ## remove the virtual environment and what the stages wrote; what people wrote and DVC's cache stay
