@@ -5,6 +5,7 @@ devices are never opened. A git repository is read at one commit; pages of a sit
 """
 
 import contextlib
+import fnmatch
 import gzip
 import hashlib
 import io
@@ -13,7 +14,7 @@ import re
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -42,14 +43,18 @@ SUFFIX_OF_CONTENT_TYPE = {
 
 
 class LocalSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A folder or a file on this machine. `license`: an SPDX identifier or words, for the dataset card; the owner's word for it."""
+    """A folder or a file on this machine. `license`: an SPDX identifier or words, for the dataset card; the owner's word for it.
+
+    `exclude`: patterns of paths below `path` that stay out, as "drafts/*" or "*.png"; "*" also stands for slashes.
+    """
 
     path: str
     license: str = ""
+    exclude: tuple[str, ...] = ()
 
 
 class RemoteSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A git repository at a revision (`path`: the folder or file in it), one page, or the pages of a sitemap. `license`: as above."""
+    """A git repository at a revision (`path`: the folder or file in it), one page, or the pages of a sitemap. `license`, `exclude`: as above."""
 
     git: str = ""
     revision: str = ""
@@ -57,14 +62,15 @@ class RemoteSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     url: str = ""
     sitemap: str = ""
     license: str = ""
+    exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if sum(map(bool, (self.git, self.url, self.sitemap))) != 1:
             raise ValueError("expected exactly one of git, url and sitemap")
         if bool(self.git) != bool(self.revision):
             raise ValueError("git and revision go together: name a commit, tag or branch")
-        if self.path and not self.git:
-            raise ValueError("path goes with git only")
+        if (self.path or self.exclude) and not self.git:
+            raise ValueError("path and exclude go with git only")
         if self.revision.startswith("-") or ".." in PurePosixPath(self.path).parts or self.path.startswith("/"):
             raise ValueError("revision must not start with '-'; path must lie inside the repository")
 
@@ -140,10 +146,19 @@ def copy(path: Path, to: Path) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
-def snapshot(name: str, root: Path, is_inside: Path, revision: str, files: Path) -> tuple[list[Source], int, int]:
-    """Copies the files under `root` into `files`; their records, their bytes in all, and how many entries were skipped."""
+def snapshot(
+    name: str, root: Path, is_inside: Path, revision: str, exclude: Sequence[str], files: Path
+) -> tuple[list[Source], int, int]:
+    """Copies the files under `root` into `files`; their records, their bytes in all, and how many entries were skipped.
+
+    Entries whose path matches a pattern of `exclude` are left out; a pattern that matches none is told.
+    """
     sources, size, skipped = [], 0, 0
+    unmatched = set(exclude)
     for path, file in progress(regular_files(root, is_inside), f"collect {name}", unit="file"):
+        if matching := {pattern for pattern in exclude if fnmatch.fnmatchcase(path, pattern)}:
+            unmatched -= matching
+            continue
         reason = file
         if isinstance(file, Path):
             try:
@@ -157,6 +172,8 @@ def snapshot(name: str, root: Path, is_inside: Path, revision: str, files: Path)
                 continue
         say(f"collect {name}: {ascii(path)[1:-1]}: {reason}; skipped")
         skipped += 1
+    for pattern in sorted(unmatched):
+        say(f"collect {name}: exclude: {pattern!r} matches no file")
     return sources, size, skipped
 
 
@@ -335,7 +352,7 @@ def main(name: str, out: Path, *, collect: Params) -> None:
                 raise BadInput(f"{place}: neither a file nor a folder; set collect.sources.{name}.path in params.yaml")
             if out.resolve().is_relative_to(root):
                 raise BadInput(f"{place}: holds {out}, where the copy goes; name the folder that holds only the documents")
-            sources, size, skipped = snapshot(name, root, root, "", files)
+            sources, size, skipped = snapshot(name, root, root, "", collect.sources[name].exclude, files)
         elif collect.remotes[name].git:
             remote = collect.remotes[name]
             place = remote.path or remote.git
@@ -344,7 +361,7 @@ def main(name: str, out: Path, *, collect: Params) -> None:
             root = (clone / remote.path).resolve()
             if not root.is_relative_to(clone):
                 raise BadInput(f"collect.remotes.{name}: {remote.path} is a link that leaves the repository")
-            sources, size, skipped = snapshot(name, root, root if root.is_dir() else clone, commit, files)
+            sources, size, skipped = snapshot(name, root, root if root.is_dir() else clone, commit, remote.exclude, files)
         else:
             place = collect.remotes[name].url or collect.remotes[name].sitemap
             sources, size, skipped = download(name, collect.remotes[name], files)

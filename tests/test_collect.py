@@ -77,6 +77,18 @@ def test_a_single_file_is_a_source_too(docs: Path, tmp_path: Path) -> None:
     assert collected(tmp_path / "out") == {"index.md": "# Start\n"}
 
 
+def test_excluded_files_stay_out_and_a_pattern_that_matches_none_is_told(
+    docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (docs / "plot.png").write_bytes(b"PNG")
+    (docs / "guide" / "deep").mkdir()
+    (docs / "guide" / "deep" / "more.md").write_text("# More\n")
+    excluded = Params(sources={"docs": LocalSource(path=str(docs), exclude=("guide/*", "*.png", "drafts/*"))}, remotes={})
+    collect.main("docs", tmp_path / "out", collect=excluded)
+    assert collected(tmp_path / "out") == {"index.md": "# Start\n"}
+    assert capsys.readouterr().out == "collect docs: exclude: 'drafts/*' matches no file\ncollect docs: 1 files, 0 kB\n"
+
+
 def test_what_is_not_a_regular_file_inside_the_source_is_reported_and_never_opened(
     docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,7 +165,8 @@ def test_a_name_that_is_no_simple_name_is_refused(name: str, docs: Path, tmp_pat
         ("{git: a}", "git and revision go together"),
         ("{git: a, revision: main, path: ../b}", "path must lie inside"),
         ("{git: a, revision: --upload-pack=x}", "must not start with '-'"),
-        ("{url: 'http://a', path: b}", "path goes with git only"),
+        ("{url: 'http://a', path: b}", "path and exclude go with git only"),
+        ("{url: 'http://a', exclude: ['*.png']}", "path and exclude go with git only"),
     ],
 )
 def test_a_remote_is_exactly_one_of_three_kinds(remote_yaml: str, message: str, tmp_path: Path) -> None:
