@@ -73,9 +73,10 @@ def main(data: Path, adapter: Path, merged: Path, gguf: Path, metrics: Path, exp
 
     started = time.monotonic()
     with new_folder(merged) as draft, short_of_memory(merge_advice(base)):
-        difference, logits = merge(base, adapter, draft, texts[0].ids)
+        difference, logits, compare_s = merge(base, adapter, draft, texts[0].ids)
         tokenizer.save_pretrained(draft)
-    seconds["merge"] = round(time.monotonic() - started, 1)
+    seconds["merge"] = round(time.monotonic() - started - compare_s, 1)
+    seconds["compare"] = round(compare_s, 1)
 
     with new_folder(gguf) as draft, tempfile.TemporaryDirectory(dir=gguf.parent, prefix=".export-") as folder:
         started = time.monotonic()
@@ -223,11 +224,11 @@ def check_adapter(adapter: Path) -> None:
         raise BadModelFile(f"{weights_file}: every lora_B weight is zero, so it changes nothing; {retrain}")
 
 
-def merge(base: Path, adapter: Path, folder: Path, ids: Sequence[int]) -> tuple[float, Any]:
+def merge(base: Path, adapter: Path, folder: Path, ids: Sequence[int]) -> tuple[float, Any, float]:
     """Writes the base model with the adapter added to its weights: added in fp32, saved as bf16 safetensors.
 
-    Gives the largest difference between the logits of the adapted and of the merged model on the tokens `ids`, and those of the
-    merged one, of the shape (tokens, words). Raises BadModelFile when the adapter's weights do not fit the base, one by one, or when
+    Gives the largest difference between the logits of the adapted and of the merged model on the tokens `ids`, those of the merged
+    one, of the shape (tokens, words), and the seconds that both took. Raises BadModelFile when the adapter's weights do not fit the base, one by one, or when
     merging changes what the model says.
     """
     import torch
@@ -252,14 +253,18 @@ def merge(base: Path, adapter: Path, folder: Path, ids: Sequence[int]) -> tuple[
         )
     given = torch.tensor([list(ids)])
     with torch.no_grad():
+        times = [time.monotonic()]
         of_adapter = tuned(given).logits[0]
+        times.append(time.monotonic())
         whole = tuned.merge_and_unload()
+        times.append(time.monotonic())
         of_merged = whole(given).logits[0]
     difference = check_merge(of_adapter, of_merged)
+    compare_s = time.monotonic() - times[2] + times[1] - times[0]
     whole = whole.to(torch.bfloat16)
     whole.config.dtype = torch.bfloat16
     whole.save_pretrained(folder)
-    return difference, of_merged.numpy()
+    return difference, of_merged.numpy(), compare_s
 
 
 def check_merge(of_adapter: Any, of_merged: Any) -> float:

@@ -336,7 +336,7 @@ def test_metrics_give_sizes_distances_times_and_memory(exported: Exported) -> No
     assert (metrics["measured_on"], 15 < metrics["positions"] < 40) == ("held_out", True)
     assert 0 < metrics["convert_mean_kl"] < 0.01 and metrics["merge_max_logit_difference"] < 0.01
     assert metrics["merged_sha256"] == sha256_of(exported.merged)
-    assert sorted(metrics["seconds"]) == ["check", "convert", "measure", "merge", "quantise"]
+    assert sorted(metrics["seconds"]) == ["check", "compare", "convert", "measure", "merge", "quantise"]
     assert 500 < metrics["peak_memory_mb"] < 20_000
     said = r"export: q8_0 144\.8 MB \(KL 0\.0\d+\), q4_k_m 105\.5 MB \(KL [\d.]+\) -> \S+; q8_0 ships"
     assert re.fullmatch(said, exported.said.strip())
