@@ -37,7 +37,7 @@ repro: $(READY)  ## dvc repro: what changed since the last run
 	dvc repro
 
 test: $(TEAM) browser  ## the tests, a real run of the pipeline included
-	python -m pytest
+	python -m pytest -n 2 --no-loadscope-reorder
 
 browser:  ## a Chromium for the tests of the review page, where there is none
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \

@@ -52,6 +52,30 @@ class Finished(NamedTuple):
     said: str
 
 
+def needs_a_run(file: Path) -> bool:
+    """Whether tests in `file` use the fixture `finished`, which takes minutes."""
+    return "finished: Finished" in file.read_text(encoding="utf-8")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First what waits for a whole run: beside it, another process has the time to do all the rest."""
+    slow = {path: needs_a_run(path) for path in {item.path for item in items}}
+    items.sort(key=lambda item: not slow[item.path])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Hands out whole files, and all that need `finished` to one process."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "finished" if needs_a_run(config.rootpath / file) else file
+
+    return ByFile(config, log)  # type: ignore[no-untyped-call]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def interrupts_reach_what_tests_start() -> None:
     """A shell starts background jobs with SIGINT ignored, and so would all that they start."""
