@@ -2,6 +2,7 @@
 
 import socket
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -14,6 +15,9 @@ class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ]  # no name:password@, since errors show it
     model: str
     api_key_env: str = ""  # the environment variable that holds this server's key; empty: it gets none
+
+    def __post_init__(self) -> None:
+        _ = urlsplit(self.url).port  # raises ValueError above 65535
 
 
 def free_port() -> int:

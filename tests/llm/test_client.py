@@ -396,6 +396,8 @@ def test_a_server_that_asks_for_another_key_stops_the_run_at_once(
 @pytest.mark.parametrize(
     ("url", "is_one"),
     [
+        ("http://127.0.0.1:65535/v1", True),
+        ("http://127.0.0.1:65536/v1", False),
         ("http://127.0.0.1:8000/v1", True),
         ("https://api.example.com/openai/v1", True),
         ("http://[::1]:8000/v1", True),
