@@ -12,10 +12,10 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup team demo repro test lint browser doctor review feedback chat serve ui compare promote profile lock clean
+.PHONY: help setup team team-up team-down demo repro test lint browser postgres doctor review feedback chat serve ui compare promote profile lock clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## virtual environment with the pinned packages of PROFILE (cpu)
 
@@ -30,13 +30,19 @@ $(TEAM): requirements/team.txt $(READY)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/team.txt
 	@touch $@
 
+team-up: $(TEAM)  ## an MLflow server on PostgreSQL for several people, on 127.0.0.1:5001
+	@python -m stages.team up
+
+team-down: $(TEAM)  ## stop that server; its data stay
+	@python -m stages.team down
+
 demo: repro  ## the whole pipeline on the bundled docs, and its scores
 	@python -m stages.summary
 
 repro: $(READY)  ## dvc repro: what changed since the last run
 	dvc repro
 
-test: $(TEAM) browser  ## the tests, a real run of the pipeline included
+test: $(TEAM) browser postgres  ## the tests, a real run of the pipeline included
 	python -m pytest -n 2 --no-loadscope-reorder
 
 browser:  ## a Chromium for the tests of the review page, where there is none
@@ -44,6 +50,15 @@ browser:  ## a Chromium for the tests of the review page, where there is none
 		as_root=$$([ "$$(id -u)" = 0 ] || echo "sudo -n"); \
 		$$as_root apt-get update -qq && $$as_root apt-get install -y -qq --no-install-recommends chromium >/dev/null || { \
 		echo "make browser: apt-get could not install chromium; install Chromium or Chrome so that chromium or google-chrome is on the PATH" >&2; exit 1; }; }
+
+# for the length of the installation, Debian is told to make and start no database of its own
+NO_CLUSTER := /etc/postgresql-common/createcluster.d/docsmith.conf
+postgres:  ## Debian's PostgreSQL for team-up, where there is none
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { \
+		as_root=$$([ "$$(id -u)" = 0 ] || echo "sudo -n"); \
+		$$as_root sh -ec 'trap "rm -f $(NO_CLUSTER)" EXIT; mkdir -p $(dir $(NO_CLUSTER)); echo create_main_cluster = false > $(NO_CLUSTER); \
+		apt-get update -qq; DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends postgresql >/dev/null' || { \
+		echo "make postgres: apt-get could not install postgresql; install PostgreSQL so that initdb is in /usr/lib/postgresql/<version>/bin" >&2; exit 1; }; }
 
 lint: $(READY)  ## ruff, rules and format, and mypy over the stages
 	ruff check .
