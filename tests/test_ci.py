@@ -68,7 +68,7 @@ def test_modules_make_targets_and_outputs_that_steps_name_are_there() -> None:
     modules, targets = set(re.findall(r"-m stages\.(\w+)", shell)), set(re.findall(r"\bmake (\w+)", shell))
     assert modules == {"compare", "promote"} and all((ROOT / f"stages/{name}.py").is_file() for name in modules)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert targets == {"lint", "setup"} and all(f"\n{name}:" in makefile for name in targets)
+    assert targets == {"lint", "team"} and all(f"\n{name}:" in makefile for name in targets)
     wired = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
     pulled = set(re.findall(r"\bdata/[\w./]+", shell))
     assert pulled == {"data/exam.jsonl", "data/scores.jsonl", "data/answers"} and all(f"- {path}\n" in wired for path in pulled)
