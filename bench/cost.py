@@ -1,8 +1,8 @@
 """What a documentation of a given size costs -> tables for docs/team/cost.md, worked out from the rates in bench/results.json.
 
     python -m bench.cost [--gpu-tokens-per-s 5000] [--gpu-price-per-hour 2] [--latency-s 1] [--concurrency 64]
-    python -m bench.cost --measure    the rates that only this page needs: about 3 minutes on two cores, with a model
-    python -m bench.cost --check      the model against calls to a fake endpoint: a minute
+    python -m bench.cost --measure    the rates that only this page needs, with a model: minutes on two cores
+    python -m bench.cost --check      the model against calls to a fake endpoint: two minutes
 
 Everything grows with the pages; what the handbook's demo took says how. Rates of GPUs and prices are the reader's: nothing here
 was measured on a GPU. `--measure` and `--check` write rows of bench/results.json and the section of bench/RESULTS.md.

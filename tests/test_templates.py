@@ -256,9 +256,8 @@ def test_the_job_runs_its_settings_in_a_clone_of_its_own(project: Path) -> None:
 def test_skypilot_sets_up_and_runs_what_the_job_does() -> None:
     both = SHELL["skypilot.yaml: setup"] + SHELL["skypilot.yaml: run"].removeprefix("set -euo pipefail\ncd project\n")
     assert both == SHELL["kubernetes-job.yaml"]
-    assert {one["name"]: one["value"] for one in CONTAINER["env"]} | {"NAME": "skypilot-1"} == SKYPILOT["envs"] | {
-        "HOME": "/work"
-    }
+    given = {one["name"]: one["value"] for one in CONTAINER["env"]}
+    assert given | {"NAME": "skypilot-1"} == SKYPILOT["envs"] | {"HOME": "/work", "USER": "docsmith"}
 
 
 def test_a_failed_stage_fails_the_run_and_pushes_no_experiment(project: Path) -> None:
