@@ -124,6 +124,7 @@ def people(finished: Finished, s3: str, store: Store, tmp_path_factory: pytest.T
     succeed(first, "git", "commit", "--quiet", "--all", "--message", "Share data and runs")
     succeed(root, "git", "clone", "--quiet", str(first), str(second))
     succeed(second, "dvc", "pull", "--quiet", **KEYS)
+    succeed(second, "cp", "-r", str(finished.project / "models/cache"), "models")  # the base model, converted once
     return People(first, second)
 
 
@@ -187,7 +188,10 @@ def test_of_two_people_who_promote_at_once_one_loses_in_one_line_and_may_try_aga
 
 def test_a_training_is_recorded_on_the_server(people: People, store: Store) -> None:
     params = people.second / "params.yaml"
-    params.write_text(re.sub("max_steps: .*", "max_steps: 2", params.read_text(encoding="utf-8")), encoding="utf-8")
+    fewer = params.read_text(encoding="utf-8")
+    for name in ("max_steps", "per_device_train_batch_size"):
+        fewer = re.sub(f"{name}: .*", f"{name}: 2", fewer)
+    params.write_text(fewer, encoding="utf-8")
     said = succeed(people.second, "dvc", "repro", "--single-item", "train")
     run_id = str(read_figures(people.second / "reports/metrics/train.json")["mlflow_run_id"])
     assert f"MLflow run {run_id}" in said
@@ -339,6 +343,14 @@ def test_down_ends_no_process_that_has_the_number_of_one_that_ended(tmp_path: Pa
         write_json(tmp_path / "mlflow.json", team.Server(other.pid, team.born(other.pid), 5001))
         assert team.down(tmp_path) == f"stopped; the data stay in {tmp_path}"
         assert other.wait() == -signal.SIGTERM
+
+
+def test_a_server_that_ended_before_its_start_was_read_is_not_at_work(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as other:
+        other.wait()
+        assert team.born(other.pid) == ""
+        write_json(tmp_path / "mlflow.json", team.Server(other.pid, "", 5001))
+        assert team.running(tmp_path / "mlflow.json") is None
 
 
 def test_two_who_start_or_stop_at_once_do_not_meet(tmp_path: Path) -> None:
