@@ -13,6 +13,8 @@ QUESTIONS = ("What is this about?", "How do I start?", "Why does it fail, and wh
 LIKELIEST, SHOWN = 3, 20  # first tokens that are compared, and those among which they must be
 TOLERANCE = 0.25  # nats, for the rounding of other processors
 
+REACH_S = 10  # a machine that is off answers nothing at all
+
 Fingerprint = Sequence[Mapping[int, float]]  # for each question the log probabilities of the likeliest first tokens
 
 
@@ -46,13 +48,13 @@ def check_remote(endpoint: Endpoint, release: Release, chat: Chat, expected: Fin
     """Raises BadModelFile unless the server at `endpoint` answers as the release does, ServerFailed when it cannot be reached."""
     advice = "start it with the release's GGUF file"
     try:
-        listed = [model.get("id") for model in ask(endpoint, "/v1/models")["data"]]
+        listed = [model.get("id") for model in ask(endpoint, "/v1/models", timeout_s=REACH_S)["data"]]
         if endpoint.model not in listed:
             raise BadModelFile(f"{endpoint.url} serves {listed}, not {endpoint.model}; {advice} and --alias {endpoint.model}")
         if chat_sha256(embedded_template(endpoint), release.system_prompt) != release.chat_sha256:
             raise BadModelFile(f"{endpoint.url}: its chat template is not the release's; {advice}")
         tokens = ask(endpoint, "/props")["default_generation_settings"]["n_ctx"]
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, ValueError):
         raise BadModelFile(f"{endpoint.url} does not describe itself as llama.cpp servers do") from None
     except ServerFailed as error:
         raise ServerFailed(f"{endpoint.url}: {error}") from None
