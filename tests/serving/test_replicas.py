@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import httpx
 import msgspec
@@ -15,6 +16,7 @@ import pytest
 import uvicorn
 from small_api import CHAT, SERVE, Sources, make_release
 
+from stages.llm import llama_cpp
 from stages.llm.llama_cpp import llama_server
 from stages.llm.vllm import gpu_of
 from stages.params import Tracking
@@ -305,7 +307,11 @@ def test_a_promotion_with_two_replicas_fails_no_request(
 # ---- engines elsewhere
 
 
-def test_engines_elsewhere_answer_while_one_of_them_can(release: Path) -> None:
+def test_engines_elsewhere_answer_while_one_of_them_can_and_one_that_comes_back_is_used_again(
+    release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "PROBE_S", 0.2)
+    monkeypatch.setattr(engine_module, "FIRST_PAUSE_S", 0.2)
     with contextlib.ExitStack() as stack:
         started: list[Any] = []
         servers = [stack.enter_context(llama_server(release / GGUF, 512, 2, started.append)) for _ in range(2)]
@@ -317,6 +323,11 @@ def test_engines_elsewhere_answer_while_one_of_them_can(release: Path) -> None:
                 async with engine.lease() as served:
                     reply = await whole(served, body_of(served, [Message("user", "Why?")], TALKS, {"max_tokens": 8}, False))
                     assert reply["choices"][0]["message"]["content"]
+            await until(lambda: engine.replicas == 1)
+            port = urlsplit(servers[0].url).port
+            monkeypatch.setattr(llama_cpp, "free_port", lambda: port)
+            stack.enter_context(llama_server(release / GGUF, 512, 2))
+            await until(lambda: engine.replicas == 2)
 
         async def whole_life() -> None:
             async with running_engine(on(release, endpoints=tuple(one.url for one in servers)), TALKS, NOWHERE) as engine:
