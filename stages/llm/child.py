@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from stages.program import ServerFailed, end_with_parent
 
 STOP_WAIT_S = 15
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy stands between two local processes
 
 Child = subprocess.Popen[bytes]
 Started = Callable[[Child], None]  # is given a server's process before the server is ready; what it raises ends the server
@@ -60,7 +61,7 @@ def _wait_until_healthy(name: str, child: Child, health: str, start_s: float, lo
     while time.monotonic() < deadline:
         if child.poll() is not None:
             raise ServerFailed(f"{name} stopped while it started (exit code {child.returncode}): {_last_words(log)}")
-        with contextlib.suppress(OSError, urllib.error.URLError), urllib.request.urlopen(health, timeout=2) as reply:
+        with contextlib.suppress(OSError, urllib.error.URLError), DIRECT.open(health, timeout=2) as reply:
             if reply.status == 200:
                 return
         time.sleep(0.2)

@@ -20,8 +20,8 @@ class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _ = urlsplit(self.url).port  # raises ValueError above 65535
 
 
-def free_port() -> int:
-    """A loopback port that was free a moment ago."""
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port of the loopback address `host` that was free a moment ago."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         return int(probe.getsockname()[1])

@@ -14,7 +14,7 @@ from stages.program.errors import BadModelFile
 
 START_S = 300  # a few GB from a slow disk
 SPINS = "1000"  # of a thread that waits for the others, before it sleeps
-SPARE_CONNECTIONS = 16  # beside one for each answer: for /health, /tokenize and /apply-template
+SPARE_CONNECTIONS = 64  # beside one for each answer: for /health, and for what waits here while other replicas are down
 
 
 @contextlib.contextmanager

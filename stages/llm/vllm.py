@@ -5,11 +5,12 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from stages.llm.child import Started, running_server
 from stages.llm.endpoint import Endpoint, free_port
+from stages.program.errors import BadParams
 
 START_S = 600  # a large model from a slow disk; a small one on two cores takes a minute
 ADAPTED = "docsmith"  # the name of the model with the adapter; the folder's name is the model without it
@@ -23,11 +24,17 @@ def has_vllm() -> bool:
 
 @contextlib.contextmanager
 def vllm_server(
-    folder: Path, context_tokens: int, parallel: int, adapter: Path | None = None, started: Started = lambda child: None
+    folder: Path,
+    context_tokens: int,
+    parallel: int,
+    adapter: Path | None = None,
+    started: Started = lambda child: None,
+    replica: int | None = None,
 ) -> Iterator[Endpoint]:
     """Serves the model in `folder`, with the LoRA weights in `adapter` if given, to `parallel` requests at once.
 
-    Raises ServerFailed when it does not start.
+    The replica `replica`, counted from 0, takes the GPU of that number for itself. Raises ServerFailed when it does not start,
+    BadParams when there is no such GPU.
     """
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
@@ -43,8 +50,24 @@ def vllm_server(
     if not _has_cuda():
         command += ["--enforce-eager"]  # compiled starts a minute later, and a run here takes only a few
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": _own_cores(), "VLLM_CPU_KVCACHE_SPACE": "2"}
+    elif replica is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu_of(replica, _gpus())
     with running_server("vLLM", command, environment, f"http://127.0.0.1:{port}/health", START_S, started):
         yield Endpoint(url=f"http://127.0.0.1:{port}/v1", model=ADAPTED if adapter else folder.name)
+
+
+def gpu_of(replica: int, gpus: Sequence[str]) -> str:
+    """The one of `gpus` that the replica of that number, from 0 on, runs on. Raises BadParams when there are too few."""
+    if replica >= len(gpus):
+        raise BadParams(f"params.yaml: each of serve.replicas needs a GPU under vLLM; this machine shows {len(gpus)}")
+    return gpus[replica]
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
 
 
 def _has_cuda() -> bool:

@@ -144,13 +144,13 @@ def embedded_template(endpoint: Endpoint) -> str:
     return str(ask(endpoint, "/props")["chat_template"])
 
 
-def ask(endpoint: Endpoint, path: str, body: dict[str, Any] | None = None) -> Any:
+def ask(endpoint: Endpoint, path: str, body: dict[str, Any] | None = None, timeout_s: float = REQUEST_S) -> Any:
     """The reply of llama.cpp to a GET of `path`, or to a POST of `body`. Raises ServerFailed."""
     import httpx
 
     try:
         # no proxy stands between two local processes, and loading certificates would take longer than most replies
-        with httpx.Client(trust_env=False, verify=False, timeout=REQUEST_S) as client:
+        with httpx.Client(trust_env=False, verify=False, timeout=timeout_s) as client:
             address = server_address(endpoint) + path
             reply = client.get(address) if body is None else client.post(address, json=body)
     except httpx.HTTPError as error:

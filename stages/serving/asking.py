@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,7 +53,7 @@ EVENT = msgspec.json.Decoder(Event)
 
 
 class Queue:
-    """Lets `serve.parallel` conversations be answered at once, and `serve.max_waiting` wait.
+    """Lets `serve.parallel` conversations be answered at once by each engine, and `serve.max_waiting` wait.
 
     All but a few wait here, not in the engine: llama.cpp keeps a thread for each of its open requests, of which it has few, and one
     whose client hangs up there while it waits is answered all the same.
@@ -60,9 +61,10 @@ class Queue:
 
     def __init__(self, engine: Any, serve: Serve) -> None:
         self.engine = engine
-        self.most = serve.parallel + serve.max_waiting
+        at_once = serve.parallel * serve.engines
+        self.most = at_once + serve.max_waiting
         self.open = 0
-        self.turns = asyncio.Semaphore(serve.parallel + READY_TO_START)
+        self.turns = asyncio.Semaphore(at_once + READY_TO_START)
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[Served]:
@@ -133,6 +135,7 @@ async def posted(url: str, body: dict[str, Any]) -> AsyncIterator[AsyncIterator[
     address = urlsplit(url)
     content = msgspec.json.encode(body)
     head = f"POST {address.path}/chat/completions HTTP/1.1\r\nHost: {address.netloc}\r\nConnection: close\r\n"
+    head += f"X-Session-ID: {conversation_of(body['messages'])}\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     arrived = Arrived()
     parser = httptools.HttpResponseParser(arrived)
@@ -160,6 +163,12 @@ async def posted(url: str, body: dict[str, Any]) -> AsyncIterator[AsyncIterator[
     except (OSError, EOFError, httptools.HttpParserError, msgspec.DecodeError) as error:  # TimeoutError is an OSError
         reason = f"The model stopped answering ({type(error).__name__}); ask again"
         raise Refused(503, reason, RETRY_AFTER_S, "engine_failed") from None
+
+
+def conversation_of(messages: Sequence[Mapping[str, str]]) -> str:
+    """What the turns of one conversation have in common, by which the router sends them to one engine: its first question, hashed."""
+    first = next((turn["content"] for turn in messages if turn["role"] == "user"), "")
+    return hashlib.sha256(first.encode()).hexdigest()[:16]
 
 
 def _refused(status: int, reply: bytes) -> Refused:

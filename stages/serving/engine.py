@@ -10,8 +10,9 @@ import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stages.chats import chat_sha256, with_system
 from stages.files import sha256_of, sha256_of_file
@@ -34,9 +35,13 @@ from stages.release import (
 )
 from stages.serving.settings import Serve
 
+if TYPE_CHECKING:
+    from stages.serving.replicas import Replicas
+
 POLL_S = 0.1  # between two looks at the child
 PROBE_S, PROBE_TIMEOUT_S, PROBES = 2.0, 5.0, 3  # so many health checks in a row without an answer: it hangs
 LOOK_S = 3.0  # between two looks at the alias
+AGAIN_S = 30.0  # after which engines elsewhere may serve the version that they did not
 MLFLOW_TIMEOUT_S = 10
 STABLE_S = 60.0  # an engine that ends sooner counts as one that crashed at once
 CRASHES = 3  # at once, in a row, from which on there is a pause
@@ -75,50 +80,90 @@ class Model(NamedTuple):
     tags: Mapping[str, str] = {}
 
 
-class Engine:
-    """The model that answers. `restarts` counts how often an engine that ended by itself was started again."""
+class Leases:
+    """How many answers an engine has been asked for and not finished."""
 
-    def __init__(self, serve: Serve, chat: Chat) -> None:
-        self.restarts = 0
-        self._serve, self._chat = serve, chat
-        self._running: Running | None = None  # None: it is being restarted
-        self._all: set[Running] = set()  # this one, one that starts, one whose last answers are being written
+    def __init__(self) -> None:
+        self.count = 0
+        self._none = asyncio.Event()
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        self.count += 1
+        try:
+            yield
+        finally:
+            self.count -= 1
+            if not self.count:
+                self._none.set()
+
+    async def drained(self) -> None:
+        """Returns when nobody has a lease."""
+        while self.count:
+            self._none.clear()
+            await self._none.wait()
+
+
+class Engine:
+    """What answers: begun by `begin`, watched over, and begun again when it ends by itself."""
+
+    def __init__(self, begin: "Callable[[Model], Running | Replicas]") -> None:
+        self._begin = begin
+        self._restarts = 0
+        self._running: Running | Replicas | None = None  # None: it is being restarted
+        self._all: set[Running | Replicas] = set()  # this one, one that starts, one whose last answers are being written
         self._tasks: set[asyncio.Task[None]] = set()
         self._crashes = 0  # in a row
         self._back_at = 0.0  # when it answers again, by the monotonic clock
 
     @property
     def ready(self) -> bool:
-        return self._running is not None and not self._running.ended.done()
+        return self._running is not None and self._running.ready
 
     @property
     def served(self) -> Served | None:
         return self._running.up.result() if self._running and self.ready else None
+
+    @property
+    def replicas(self) -> int:
+        """How many engines answer now."""
+        return self._running.replicas if self._running else 0
+
+    @property
+    def restarts(self) -> int:
+        """How often something that had ended by itself was started again."""
+        return self._restarts + (self._running.restarts if self._running else 0)
+
+    @property
+    def back_at(self) -> float:
+        """When it answers again, by the monotonic clock."""
+        return self._running.back_at if self._running else self._back_at
 
     @contextlib.asynccontextmanager
     async def lease(self) -> AsyncIterator[Served]:
         """The model that answers, which stays up until the block ends, whatever becomes champion. Raises EngineDown."""
         running, served = self._running, self.served
         if running is None or served is None:
-            raise EngineDown(max(1, math.ceil(self._back_at - time.monotonic())))
-        running.leases += 1
-        try:
+            raise EngineDown(max(1, math.ceil(self.back_at - time.monotonic())))
+        with running.leases.taken():
             yield served
-        finally:
-            running.leases -= 1
-            if not running.leases:
-                running.unused.set()
 
-    async def start(self, model: Model) -> "Running":
-        """An engine with `model` that is ready to answer, beside what runs already. Raises what is wrong with it."""
-        running = Running(model, self._serve, self._chat)
+    def begin(self, model: Model) -> "Running | Replicas":
+        """An engine with `model` that starts, beside what runs already."""
+        running = self._begin(model)
         self._all.add(running)
         running.ended.add_done_callback(lambda _: self._all.discard(running))
+        return running
+
+    async def start(self, model: Model) -> "Running | Replicas":
+        """An engine with `model` that is ready to answer, beside what runs already. Raises what is wrong with it."""
+        running = self.begin(model)
         await running.up
         return running
 
-    def install(self, running: "Running") -> None:
-        """From here on, `running` answers."""
+    def install(self, running: "Running | Replicas") -> None:
+        """From here on, `running` answers; where it has failed to start, it is started again."""
+        self._restarts = self.restarts
         self._running = running
         self.spawn(self._watch(running))
 
@@ -128,33 +173,21 @@ class Engine:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _watch(self, running: "Running") -> None:
+    async def _watch(self, running: "Running | Replicas") -> None:
         """Restarts `running` when it dies or hangs, unless another one has taken its place."""
-        import httpx
-
-        health, unanswered = server_address(running.up.result().endpoint) + "/health", 0
-        async with httpx.AsyncClient(trust_env=False, verify=False, timeout=PROBE_TIMEOUT_S) as client:
-            while not (await asyncio.wait({running.ended}, timeout=PROBE_S))[0]:
-                try:
-                    answers = (await client.get(health)).is_success
-                except httpx.HTTPError:
-                    answers = False
-                unanswered = 0 if answers else unanswered + 1
-                if unanswered == PROBES and not running.ended.done():
-                    say(f"serve: {running.model.name} does not answer its health check; it is ended")
-                    running.kill()
+        await running.watched()
         if self._running is running:
-            self._running = None
+            self._restarts, self._running = self.restarts, None
             await self._restart(running)
 
-    async def _restart(self, last: "Running") -> None:
-        lived_s, reason = time.monotonic() - last.up_since, last.ended.result()
+    async def _restart(self, last: "Running | Replicas") -> None:
+        lived_s, reason = time.monotonic() - last.up_since if last.up_since else 0.0, last.ended.result()
         while self._running is None:
             self._crashes = self._crashes + 1 if lived_s < STABLE_S else 1
             pause_s = min(FIRST_PAUSE_S * 2 ** min(self._crashes - CRASHES, 10), MAX_PAUSE_S) if self._crashes >= CRASHES else 0
             self._back_at = time.monotonic() + pause_s + last.took_s
             when = f"in {pause_s:.0f} s, since it has failed {self._crashes} times in a row" if pause_s else "now"
-            say(f"serve: {last.model.name} ended: {reason}. It is restarted {when}")
+            say(f"serve: {last.name} ended: {reason}. It is restarted {when}")
             await asyncio.sleep(pause_s)
             if self._running is not None:
                 return  # another version has taken its place
@@ -166,13 +199,13 @@ class Engine:
             if self._running is not None:
                 fresh.stop()
                 return
-            self.restarts += 1
+            self._restarts += 1
             self.install(fresh)
-            say(f"serve: {last.model.name} answers again")
+            say(f"serve: {last.name} answers again")
 
-    async def follow(self, find: Callable[[], Model], current: Model) -> None:
-        """Replaces the model by what `find` gives, whenever that is another one."""
-        reference, failed, trouble = self._serve.model, None, ""
+    async def follow(self, serve: Serve, find: Callable[[], Model], current: Model) -> None:
+        """Replaces the model by what `find` gives for `serve.model`, whenever that is another one."""
+        reference, failed, trouble, said, again_at = serve.model, None, "", "", math.inf
         while True:
             await asyncio.sleep(LOOK_S)
             try:
@@ -188,14 +221,17 @@ class Engine:
             if found.name == current.name:
                 failed = None
                 continue
-            if (key := _key(found)) == failed:
+            if (key := _key(found)) == failed and time.monotonic() < again_at:
                 continue
-            say(f"serve: {reference} is {found.name} now, which is started beside {current.name}")
+            if key != failed:
+                say(f"serve: {reference} is {found.name} now, which is started beside {current.name}")
             try:
                 fresh = await self.start(found)
             except Exception as error:  # whatever it is, the old one can answer
-                failed = key
-                say(f"serve: {found.name} cannot answer: {error}. {current.name} goes on answering")
+                if (key, str(error)) != (failed, said):
+                    say(f"serve: {found.name} cannot answer: {error}. {current.name} goes on answering")
+                failed, said = key, str(error)
+                again_at = time.monotonic() + AGAIN_S if serve.endpoints else math.inf  # ours change by their files alone
                 continue
             old, current = self._running, found
             self.install(fresh)
@@ -203,7 +239,7 @@ class Engine:
             say(f"serve: {found.name} answers now")
             if old:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(old.drained(), DRAIN_S)
+                    await asyncio.wait_for(old.leases.drained(), DRAIN_S)
                 old.stop()
                 await asyncio.wait({old.ended})  # not `await`, which would cancel it when this task is cancelled
 
@@ -218,21 +254,33 @@ class Engine:
 
 
 class Running:
-    """An engine from its start to its end."""
+    """An engine from its start to its end. `serving` starts it, and gives its process to what it is called with."""
 
-    def __init__(self, model: Model, serve: Serve, chat: Chat) -> None:
-        self.model = model
+    restarts, back_at = 0, 0.0
+
+    def __init__(
+        self, model: Model, serving: Callable[[Started], AbstractContextManager[Served]], name: str = "", health: str = "/health"
+    ) -> None:
+        self.model, self.name = model, name or model.name
         self.began = time.monotonic()
         self.up_since = self.took_s = 0.0
-        self.leases = 0
-        self.unused = asyncio.Event()
+        self.leases = Leases()
         self._loop = asyncio.get_running_loop()
         self.up: asyncio.Future[Served] = self._loop.create_future()  # done when it can answer, or has failed to start
         self.ended: asyncio.Future[str] = self._loop.create_future()  # the reason
-        self._stop = threading.Event()
-        self._child: Child | None = None
+        self._stop, self._hangs = threading.Event(), threading.Event()
+        self._serving, self._health = serving, health
+        self._child: Child | None = None  # one that runs elsewhere is not a child of ours
         # not one of a pool: the engine gets a signal when the thread that started it ends
-        threading.Thread(target=self._run, args=(serve, chat), daemon=True, name=f"engine {model.name}").start()
+        threading.Thread(target=self._run, daemon=True, name=f"engine {self.name}").start()
+
+    @property
+    def ready(self) -> bool:
+        return not self.ended.done()
+
+    @property
+    def replicas(self) -> int:
+        return int(self.ready)
 
     def stop(self) -> None:
         """Ends the engine soon, also one that has not begun to answer."""
@@ -240,25 +288,33 @@ class Running:
         if self._child:
             self._child.terminate()
 
-    def kill(self) -> None:
-        """Ends the engine at once, as if it had died."""
-        if self._child:
-            self._child.kill()
+    async def watched(self) -> None:
+        """Returns when it has ended; ends it at once, as if it had died, when it does not answer its health check."""
+        import httpx
 
-    async def drained(self) -> None:
-        """Returns when nobody has a lease."""
-        while self.leases:
-            self.unused.clear()
-            await self.unused.wait()
+        if self.ended.done():
+            return  # it has failed to start
+        health, unanswered = server_address(self.up.result().endpoint) + self._health, 0
+        async with httpx.AsyncClient(trust_env=False, verify=False, timeout=PROBE_TIMEOUT_S) as client:
+            while not (await asyncio.wait({self.ended}, timeout=PROBE_S))[0]:
+                try:
+                    answers = (await client.get(health)).is_success
+                except httpx.HTTPError:
+                    answers = False
+                unanswered = 0 if answers else unanswered + 1
+                if unanswered == PROBES and not self.ended.done():
+                    say(f"serve: {self.name} does not answer its health check; it is ended")
+                    self._hangs.set()
+                    if self._child:
+                        self._child.kill()
 
-    def _run(self, serve: Serve, chat: Chat) -> None:
+    def _run(self) -> None:
         failure: Exception | None = None
         try:
-            with answering(self.model, serve, chat, self._started) as served:
-                warm_up(served)
+            with self._serving(self._started) as served:
                 self._tell(self._is_up, served)
                 while not self._stop.wait(POLL_S):
-                    if self._child and self._child.poll() is not None:
+                    if self._hangs.is_set() or (self._child and self._child.poll() is not None):
                         raise ServerFailed("it stopped answering")
         except Exception as error:  # the loop's to judge
             failure = error
@@ -290,15 +346,22 @@ class Running:
 async def running_engine(serve: Serve, chat: Chat, tracking: Tracking) -> AsyncIterator[Engine]:
     """The model `serve.model`, checked and ready to answer; while the block lasts it is restarted, and replaced as its alias moves.
 
-    Costs the memory of the model and of `serve.parallel` contexts; twice that while a new version starts beside the old one.
+    Costs the memory of the model and of `serve.parallel` contexts for each replica; twice that while a new version starts beside
+    the old one.
     Raises BadInput where the registry has no such version, BadModelFile, BadParams and ServerFailed as `running_release` does.
     """
     model = await asyncio.to_thread(find_model, serve, tracking)
-    engine = Engine(serve, chat)
+    if serve.replicas == 1 and not serve.endpoints:
+        engine = Engine(lambda model: Running(model, lambda started: answering(model, serve, chat, started)))
+    else:
+        from stages.serving.replicas import Replicas, check_replicas
+
+        check_replicas(serve)
+        engine = Engine(lambda model: Replicas(model, serve, chat))
     try:
         engine.install(await engine.start(model))
         if "@" in serve.model and model.tags:
-            engine.spawn(engine.follow(lambda: find_model(serve, tracking), model))
+            engine.spawn(engine.follow(serve, lambda: find_model(serve, tracking), model))
         yield engine
     finally:
         await engine.close()
@@ -332,8 +395,8 @@ def _key(model: Model) -> object:
 
 
 @contextlib.contextmanager
-def answering(model: Model, serve: Serve, chat: Chat, started: Started) -> Iterator[Served]:
-    """An engine with `model` until the block ends, after every check. Raises what `running_release` raises."""
+def answering(model: Model, serve: Serve, chat: Chat, started: Started, replica: int | None = None) -> Iterator[Served]:
+    """An engine with `model` until the block ends, after every check and one answer. Raises what `running_release` raises."""
     with contextlib.ExitStack() as stack:
         folder, adapter = Path(model.name), Path(model.name).parent / "adapter"
         if model.tags:
@@ -343,17 +406,23 @@ def answering(model: Model, serve: Serve, chat: Chat, started: Started) -> Itera
             if serve.engine == "vllm":
                 adapter = stack.enter_context(adapter_of(model.tags))
         if serve.engine == "vllm":
-            running = running_adapter(folder, adapter, chat, serve.parallel, started)
+            running = running_adapter(folder, adapter, chat, serve.parallel, started, replica)
         else:
             running = running_release(folder, chat, serve.parallel, started)
         release, endpoint = stack.enter_context(running)
-        version = model.name if model.tags else sha256_of_file(folder / SUMS_FILE)[:12]
-        yield Served(endpoint, release, folder, version)
+        served = Served(endpoint, release, folder, version_of(model, folder))
+        warm_up(served)
+        yield served
+
+
+def version_of(model: Model, folder: Path) -> str:
+    """What users see as the version of `model`, whose release is in `folder`."""
+    return model.name if model.tags else sha256_of_file(folder / SUMS_FILE)[:12]
 
 
 @contextlib.contextmanager
 def running_adapter(
-    folder: Path, adapter: Path, chat: Chat, parallel: int, started: Started
+    folder: Path, adapter: Path, chat: Chat, parallel: int, started: Started, replica: int | None = None
 ) -> Iterator[tuple[Release, Endpoint]]:
     """The release in `folder`, and a vLLM server for the base and the adapter that it was made of. Raises as `running_release`."""
     from stages.llm.vllm import has_vllm, vllm_server
@@ -369,7 +438,7 @@ def running_adapter(
     base = as_hf_folder(release.base)
     if chat_sha256(load_tokenizer(base).chat_template, chat.system_prompt) != release.chat_sha256:
         raise BadModelFile(f"{folder}: the chat template of {release.base} is not the release's")
-    with vllm_server(base, chat.context_tokens, parallel, adapter, started) as endpoint:
+    with vllm_server(base, chat.context_tokens, parallel, adapter, started, replica) as endpoint:
         yield release, endpoint
 
 

@@ -40,6 +40,7 @@ class Figures:
         yield GaugeMetricFamily("docsmith_open_questions", "Questions that are answered or wait", self.queue.open)
         yield CounterMetricFamily("docsmith_engine_restarts", "Restarts of the engine", engine.restarts)
         yield GaugeMetricFamily("docsmith_ready", "1 while a model answers", int(engine.ready))
+        yield GaugeMetricFamily("docsmith_replicas", "Engines that answer", engine.replicas)
         model = GaugeMetricFamily("docsmith_model", "The version of the model that answers", labels=["version"])
         if engine.served is not None:
             model.add_metric([engine.served.version], 1)

@@ -57,6 +57,14 @@ def test_a_server_is_ready_inside_the_block_and_neither_it_nor_its_workers_run_a
     assert ends_within(worker, 5)
 
 
+def test_no_proxy_is_asked_for_a_server_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")  # where nobody answers
+    port = free_port()
+    command = [sys.executable, "-c", SERVER, str(port), str(tmp_path / "pids")]
+    with running_server("fake", command, {}, f"http://127.0.0.1:{port}/health", 5):
+        pass
+
+
 def test_a_server_that_exits_at_the_start_is_reported_with_its_last_line_and_code() -> None:
     program = "print('loading'); print('no such model: x', flush=True); raise SystemExit(3)"
     address = f"http://127.0.0.1:{free_port()}/health"

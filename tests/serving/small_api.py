@@ -56,7 +56,7 @@ class Engine:
 
     def __init__(self, served: Served) -> None:
         self.served: Served | None = served
-        self.ready, self.restarts = True, 0
+        self.ready, self.restarts, self.replicas = True, 0, 1
 
     @contextlib.asynccontextmanager
     async def lease(self) -> AsyncIterator[Served]:
