@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 import stages
 from stages.doctor import INSTRUCTIONS, cpu_flags, fitting_profile, gpus, is_reachable, memory_gb, model_lines, version_of
@@ -137,10 +138,9 @@ def test_the_command_says_all_of_it_for_params_as_shipped(tmp_path: Path) -> Non
 
 
 def test_endpoints_in_params_are_looked_at(tmp_path: Path) -> None:
-    params = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    assert params.count("\n  endpoints: []") == 2
-    given = '\n  endpoints: [{url: "http://127.0.0.1:9/v1", model: m}]'
-    (tmp_path / "params.yaml").write_text(params.replace("\n  endpoints: []", given, 1))
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params["generate"]["endpoints"] = [{"url": "http://127.0.0.1:9/v1", "model": "m"}]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-m", "stages.doctor"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "endpoint  http://127.0.0.1:9/v1 does not answer\n" in done.stdout and "none set" not in done.stdout
