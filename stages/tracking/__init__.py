@@ -52,7 +52,14 @@ def experiment_of(client: Any, name: str) -> str:
         return str(found.experiment_id)
     # artifacts lie beside the database; a server decides for itself
     place = (project_root() / "models/mlruns").resolve().as_uri() if client.tracking_uri.startswith("sqlite") else None
-    return str(client.create_experiment(name, artifact_location=place))
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(client.create_experiment(name, artifact_location=place))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return str(client.get_experiment_by_name(name).experiment_id)  # another process was first
 
 
 def connect(tracking: Tracking) -> Any:

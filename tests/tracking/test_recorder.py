@@ -16,7 +16,7 @@ from mlflow_server import Server, free_port
 from test_train import Project
 
 from stages.params import Tracking
-from stages.tracking import client_of, recorder, without_secrets
+from stages.tracking import client_of, experiment_of, recorder, without_secrets
 from stages.tracking.recorder import Recorder, recording
 
 
@@ -346,3 +346,20 @@ def test_lines_show_no_password() -> None:
         "API request to http://me:p@ss@host:5000/api?token=x failed; postgresql://me:secret@host/db?password=y is not http://a/b"
     )
     assert without_secrets(told) == ("API request to http://host:5000/api failed; postgresql://host/db is not http://a/b")
+
+
+def test_an_experiment_that_another_process_makes_at_the_same_moment_is_used(
+    store: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_of(store.uri)
+    look = client.get_experiment_by_name
+    made: list[str] = []
+
+    def look_just_before_another_makes_it(name: str) -> Any:
+        found = look(name)
+        if not made:
+            made.append(client.create_experiment(name))
+        return found
+
+    monkeypatch.setattr(client, "get_experiment_by_name", look_just_before_another_makes_it)
+    assert experiment_of(client, "shared") == made[0]
