@@ -219,7 +219,7 @@ def embedded_s(texts: Sequence[str]) -> float:
     """Seconds of a core to embed one of `texts`."""
     import torch
 
-    from stages.models import embedding
+    from stages.embedding import embedding
     from stages.params import Models, read_section
 
     embed = embedding(read_section("models", Models, REPOSITORY / "params.yaml").embedder)

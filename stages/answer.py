@@ -11,16 +11,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import msgspec
+
 from stages.chats import chat_sha256
+from stages.executor import Done, Executor, done_on_ray
 from stages.files import new_folder, sha256_of, write_json
 from stages.llm import Keep, Reply, Request, Store, ask_missing, request_key
-from stages.models import as_hf_folder, free_cores, load_tokenizer
+from stages.models import as_hf_folder, load_tokenizer
 from stages.params import Chat, Models, Retrieval
 from stages.program import BadInput, BadModelFile, LimitBroken, progress, run, say
 from stages.records import Answer, Chunk, Question, by_id, content_id, read_records, write_records
 from stages.release import ADAPTER_FILE, plain_text
 from stages.retrieval import searcher, with_passages
 from stages.systems import Asking, System, ask_llama, request_for, requests_for
+from stages.systems.greedy import greedy_writer, prompt_of
 
 SYSTEMS: tuple[str, ...] = get_args(System)
 
@@ -47,7 +51,7 @@ def messages_for(
     control_tokens = tuple(sorted(tokenizer.get_added_vocab()))
 
     def fits(text: str) -> bool:
-        prompt = _prompt(tokenizer, request_for(plain_text(text, control_tokens), chat, ""))
+        prompt = prompt_of(tokenizer, request_for(plain_text(text, control_tokens), chat, ""))
         return len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) + chat.max_new_tokens <= chat.context_tokens
 
     messages, seen = {}, {}
@@ -58,43 +62,6 @@ def messages_for(
             messages[question.id] = plain_text(text, control_tokens)
             seen[question.id] = tuple(chunk.id for chunk in given[:shown])
     return messages, seen
-
-
-def write_with_transformers(folder: Path, batch_tokens: int, system: str, requests: Mapping[str, Request], keep: Keep) -> float:
-    """Keeps a greedy reply to each request by the model in `folder`, in batches of similar length, `batch_tokens` at most or one prompt.
-
-    Gives the seconds that it took, without the model's start.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    on_gpu = torch.cuda.is_available()
-    torch.set_num_threads(free_cores())
-    tokenizer = load_tokenizer(folder)
-    tokenizer.padding_side = "left"  # the answer follows the prompt directly
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", trust_remote_code=False, use_safetensors=True, device_map="cuda" if on_gpu else "cpu"
-    ).eval()  # type: ignore[no-untyped-call]
-    if not on_gpu and model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(attention_on_cpu())
-    prompts = {key: _prompt(tokenizer, request) for key, request in requests.items()}
-    lengths = {
-        key: len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) + requests[key].max_tokens
-        for key, prompt in prompts.items()
-    }
-    started = time.monotonic()
-    for keys in progress(batches(lengths, batch_tokens), f"answer {system}", unit="batch"):
-        batch = tokenizer([prompts[key] for key in keys], return_tensors="pt", padding=True, add_special_tokens=False).to(
-            model.device
-        )
-        limit = requests[keys[0]].max_tokens
-        with torch.inference_mode():
-            tokens = model.generate(**batch, max_new_tokens=limit, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        for key, row in zip(keys, tokens[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            length = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
-            text = tokenizer.decode(row[:length], skip_special_tokens=True)
-            keep(key, Reply(text=text.strip(), tokens=length, is_whole=length < limit))
-    return time.monotonic() - started
 
 
 def batches(lengths: Mapping[str, int], batch_tokens: int) -> list[list[str]]:
@@ -108,36 +75,43 @@ def batches(lengths: Mapping[str, int], batch_tokens: int) -> list[list[str]]:
     return parts
 
 
-def attention_on_cpu() -> str:
-    """The name, in transformers, of torch's attention for prompts and plain products for a single new token.
+def write_with_transformers(
+    folder: Path,
+    sha256: str,
+    tokenizer: Any,
+    batch_tokens: int,
+    executor: Executor,
+    system: str,
+    requests: Mapping[str, Request],
+    keep: Keep,
+) -> float:
+    """Keeps a greedy reply to each request by the model in `folder`, in batches of similar length, `batch_tokens` at most or one prompt.
 
-    There torch's kernel (2.13, bf16, CPU) takes 4 to 5 times as long, and more than all else beside a prompt of passages.
+    The batches are made here, wherever `executor` has them answered. Gives the seconds that it took, without the start of a model here.
     """
-    import torch
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **options: Any) -> Any:
-        if query.shape[2] > 1 or scaling is None:
-            return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
-        rows, heads, _, width = query.shape
-        scores = (query.reshape(rows, key.shape[1], -1, width) * scaling) @ key.transpose(
-            2, 3
-        )  # heads that share a key, together
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        out = scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
-        return out.reshape(rows, 1, heads, width), None
-
-    AttentionInterface.register("docsmith", attention)
-    AttentionMaskInterface.register("docsmith", sdpa_mask)
-    return "docsmith"
-
-
-def _prompt(tokenizer: Any, request: Request) -> str:
-    conversation = [{"role": role, "content": content} for role, content in request.messages]
-    return str(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
+    lengths = {
+        key: len(tokenizer(prompt_of(tokenizer, request), add_special_tokens=False)["input_ids"]) + request.max_tokens
+        for key, request in requests.items()
+    }
+    parts = batches(lengths, batch_tokens)
+    units = {str(place): msgspec.json.encode([requests[key] for key in keys]) for place, keys in enumerate(parts)}
+    if executor.engine == "ray":
+        started = time.monotonic()
+        arriving = done_on_ray(executor, units, greedy_writer, (str(folder), sha256), at_once=1, has_model=True)
+    else:
+        write = greedy_writer(str(folder))
+        started = time.monotonic()
+        arriving = (Done(name, write(unit)) for name, unit in units.items())
+    for done in progress(arriving, f"answer {system}", total=len(units), unit="batch"):
+        keys = parts[int(done.name)]
+        replies = (
+            [Reply(text="", failed=done.failed)] * len(keys)
+            if done.failed
+            else msgspec.json.decode(done.result, type=list[Reply])
+        )
+        for key, reply in zip(keys, replies, strict=True):
+            keep(key, reply)
+    return time.monotonic() - started
 
 
 def main(
@@ -153,6 +127,7 @@ def main(
     retrieval: Retrieval,
     chat: Chat,
     models: Models,
+    executor: Executor,
 ) -> None:
     asked = read_records(exam, Question)
     if not asked:
@@ -168,7 +143,11 @@ def main(
     wanted = [system for system in SYSTEMS if system in ("base", "tuned", *answer.systems)]
     paths = {system: merged if system.startswith("tuned") else base for system in wanted} | quants
     every = by_id(read_records(chunks, Chunk))
-    found = nearest(asked, every, retrieval.top_k, models.embedder, store) if any(one.endswith("_rag") for one in wanted) else {}
+    found = (
+        nearest(asked, every, retrieval.top_k, models.embedder, store, executor)
+        if any(one.endswith("_rag") for one in wanted)
+        else {}
+    )
     kept = Store(store, "answer")
     rows: dict[str, list[Answer]] = {}
     systems: dict[str, dict[str, Any]] = {}
@@ -178,9 +157,10 @@ def main(
         requests = requests_for(messages, chat, model_sha256)
         keyed = {request_key(request): request for request in requests.values()}
         if system in quants:
-            replies, tally = ask_llama(path, keyed, kept, chat, answer)
+            replies, tally = ask_llama(path, keyed, kept, chat, answer, executor)
         else:
-            replies, tally = ask_missing(keyed, kept, partial(write_with_transformers, path, answer.batch_tokens, system))
+            write = partial(write_with_transformers, path, model_sha256, tokenizer, answer.batch_tokens, executor, system)
+            replies, tally = ask_missing(keyed, kept, write)
         if tally.failed:
             reason = next(reply.failed for reply in replies.values() if reply.failed)
             raise LimitBroken(
@@ -210,10 +190,10 @@ def main(
 
 
 def nearest(
-    questions: Sequence[Question], chunks: Mapping[str, Chunk], top_k: int, embedder: str, store: Path
+    questions: Sequence[Question], chunks: Mapping[str, Chunk], top_k: int, embedder: str, store: Path, executor: Executor
 ) -> dict[str, list[Chunk]]:
     """Question id -> the `top_k` of `chunks` nearest to the question, best first."""
-    found = searcher(list(chunks.values()), embedder, store)([question.question for question in questions], top_k)
+    found = searcher(list(chunks.values()), embedder, store, executor)([question.question for question in questions], top_k)
     return {question.id: [chunks[hit.chunk_id] for hit in hits] for question, hits in zip(questions, found, strict=True)}
 
 

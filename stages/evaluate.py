@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from stages.executor import Executor
 from stages.files import sha256_of_file, write_json
 from stages.judging import Exhibit, Judged, Judging, exhibit_of, judged
 from stages.likeness import repeats
@@ -200,6 +201,7 @@ def main(
     evaluate: Scoring,
     judge: Judging,
     models: Models,
+    executor: Executor,
 ) -> None:
     questions = by_id(read_records(exam, Question))
     if not any(question.set == "recall" for question in questions.values()):
@@ -219,7 +221,7 @@ def main(
         said += own
     exhibits = exhibits_of(said, questions, by_id(read_records(chunks, Chunk))) if judge.enabled else {}
     # before the embedder is loaded, which would share a GPU with the judge
-    found = judged(exhibits, judge, models.teacher, store)
+    found = judged(exhibits, judge, models.teacher, store, executor)
     ratings = ratings_of(found, said, questions)
     scored = score_answers(questions, said, load_embedder(models.embedder), evaluate.pass_similarity, ratings)
     empty = {answer.id for answer in said if is_empty(answer)}

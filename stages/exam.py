@@ -12,6 +12,7 @@ from typing import get_args
 import msgspec
 
 from stages.evidence import fold
+from stages.executor import Executor
 from stages.files import write_json
 from stages.general import read_general
 from stages.params import Count, Models, Share
@@ -95,11 +96,21 @@ def _unanswerable(id: str, type: str, question: str) -> Question:
     return Question(id=id, set="out_of_scope", section_id=id, type=type, question=question, reference="")
 
 
-def main(questions: Path, chunks: Path, store: Path, exam_file: Path, metrics: Path, *, exam: Params, models: Models) -> None:
+def main(
+    questions: Path,
+    chunks: Path,
+    store: Path,
+    exam_file: Path,
+    metrics: Path,
+    *,
+    exam: Params,
+    models: Models,
+    executor: Executor,
+) -> None:
     every = read_records(chunks, Chunk)
     gold, lost = gold_questions(read_gold(Path(exam.gold)), every)
     strange = read_out_of_scope()
-    hits = searcher(every, models.embedder, store)([question.question for question in strange], 1)
+    hits = searcher(every, models.embedder, store, executor)([question.question for question in strange], 1)
     covered = {one.id for one, found in zip(strange, hits, strict=True) if found and found[0].cosine >= exam.max_similarity}
     asked = read_records(questions, Question) + gold + general_questions(exam.max_general)
     asked += [question for question in strange if question.id not in covered][: exam.max_out_of_scope]

@@ -7,7 +7,6 @@ Costs one call per fact (or per chunk and type); replies are kept in data/store,
 """
 
 import contextlib
-import functools
 import itertools
 import re
 from collections import Counter, defaultdict
@@ -17,10 +16,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from stages.embedding import Embed, embedding
 from stages.evidence import locate, passages_of
+from stages.executor import Executor
 from stages.files import write_json
-from stages.llm import Endpoint, Engine, Reply, Store, Tally, ask_all, endpoints_for, served_model
-from stages.models import Embed, as_hf_folder, embedding, load_tokenizer
+from stages.llm import Endpoint, Engine, Reply, Source, Store, Tally, asking
+from stages.models import as_hf_folder, load_tokenizer
 from stages.params import Count, Models, Positive, Share
 from stages.program import BadInput, LimitBroken, run, say
 from stages.recipes import (
@@ -266,50 +267,44 @@ def main(
     *,
     generate: Params,
     models: Models,
+    executor: Executor,
     estimate: bool = False,
     prune: bool = False,
     prompt_price: float = 0.0,
     new_price: float = 0.0,
 ) -> None:
-    model = served_model(generate.endpoints, models.teacher)
+    source = Source(generate.endpoints, models.teacher, generate.engine, CONTEXT_TOKENS, generate.concurrency, generate.timeout_s)
+    model = source.model()
     every = read_records(chunks, Chunk)
     chosen = spread(every, generate.max_chunks)
     first = [ask for chunk in chosen for ask in asks_about(chunk, generate, model)]
-    with contextlib.closing(Store(store, "generate")) as kept, contextlib.ExitStack() as stack:
+    with contextlib.closing(Store(store, "generate")) as kept, contextlib.ExitStack() as servers:
         if estimate:
             prices = (prompt_price, new_price)
             say(f"generate: {len(chosen)} chunks, {estimate_of(first, kept, model, models, prices, generate)}")
             return
-        connect = functools.cache(
-            lambda: endpoints_for(
-                stack, generate.endpoints, models.teacher, generate.engine, CONTEXT_TOKENS, generate.concurrency
-            )
-        )
+        ask = asking(source, executor, kept, servers)
         tallies: list[Tally] = []
 
         def put(asks: Sequence[Ask], label: str) -> list[Asked]:
-            by_key = {ask.key: ask for ask in asks}
-            replies, tally = ask_all(
-                {key: ask.request for key, ask in by_key.items()},
-                kept,
-                connect,
-                generate.concurrency,
-                generate.timeout_s,
-                label,
-                groups={key: ask.chunk.id for key, ask in by_key.items()},
+            by_key = {one.key: one for one in asks}
+            replies, tally = ask(
+                {key: one.request for key, one in by_key.items()},
+                label=label,
+                groups={key: one.chunk.id for key, one in by_key.items()},
                 pairs_in=lambda key, reply: len(read_reply(by_key[key], reply).drafts),
             )
             tallies.append(tally)
-            return [read_reply(ask, replies[ask.key]) for ask in asks]
+            return [read_reply(one, replies[one.key]) for one in asks]
 
         say(f"generate: {len(chosen)} chunks, {len(first)} requests for {generate.recipe}")
         asked = put(first, "generate")
         asked += put([repair for one in asked if (repair := repair_of(one.ask, one.reply, generate))], "repairs")
-        embed = embedding(models.embedder)
+        embed = embedding(models.embedder, executor)
         drafts = with_evidence([draft for one in asked for draft in one.drafts], embed)
         bare = without(sound_sections(drafts, embed, generate.min_similarity), chosen)
         tries = [next(filter(None, (retries_of(chunk, generate, model) for chunk in some)), []) for some in bare.values()]
-        retries = put([ask for some in tries for ask in some], "second tries")
+        retries = put([one for some in tries for one in some], "second tries")
         asked += retries
         drafts += [draft for one in retries for draft in one.drafts]
         keys = {one.ask.key for one in asked if not one.reply.failed}

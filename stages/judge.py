@@ -7,6 +7,7 @@ rejected rows. Costs one call per candidate and 32 for the audit; replies are ke
 from pathlib import Path
 from typing import Any
 
+from stages.executor import Executor
 from stages.files import write_json
 from stages.judging import DIMENSIONS, Exhibit, Judging, exhibit_of, judged
 from stages.params import Models
@@ -25,9 +26,19 @@ def read_exhibits(candidates: Path, chunks: Path, wordings: int) -> dict[str, Ex
     return {claim.id: exhibit_of(claim.question, claim.answer, chunk_by_id[claim.chunk_id]) for claim in claims}
 
 
-def main(candidates: Path, chunks: Path, store: Path, judgements: Path, metrics: Path, *, judge: Judging, models: Models) -> None:
+def main(
+    candidates: Path,
+    chunks: Path,
+    store: Path,
+    judgements: Path,
+    metrics: Path,
+    *,
+    judge: Judging,
+    models: Models,
+    executor: Executor,
+) -> None:
     exhibits = read_exhibits(candidates, chunks, judge.wordings) if judge.enabled else {}
-    found = judged(exhibits, judge, models.teacher, store)
+    found = judged(exhibits, judge, models.teacher, store, executor)
     write_records(judgements, found.judgements)
     figures: dict[str, Any] = {"used": found.used, "why": found.why} | ({"audit": found.audit} if found.audit else {})
     low = ""

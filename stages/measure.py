@@ -12,10 +12,12 @@ from pathlib import Path
 import msgspec
 
 from stages.decisions import with_decisions
+from stages.embedding import embedding
 from stages.evidence import locate, words
+from stages.executor import Executor
 from stages.files import write_json
 from stages.likeness import clusters
-from stages.models import embedding, load_cross_encoder
+from stages.models import load_cross_encoder
 from stages.params import Models, Share
 from stages.program import BadModelFile, run, say
 from stages.records import MEND, Candidate, Chunk, Decision, Measurement, by_id, read_records, write_records
@@ -80,11 +82,12 @@ def main(
     *,
     measure: Params,
     models: Models,
+    executor: Executor,
 ) -> None:
     chunk_by_id = by_id(read_records(chunks, Chunk))
     claims = with_decisions(read_records(candidates, Candidate), read_records(review, Decision, MEND), chunk_by_id).candidates
     claims.sort(key=lambda claim: claim.id)
-    embed = embedding(models.embedder)
+    embed = embedding(models.embedder, executor)
     answers, quotes = embed([claim.answer for claim in claims]), embed([claim.quote for claim in claims])
     if measure.nli:
         entailment = entailed([(claim.quote, claim.answer) for claim in claims], measure.nli)

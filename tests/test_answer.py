@@ -10,7 +10,6 @@ from conftest import CHAT, MODELS
 
 from stages.answer import (
     SYSTEMS,
-    attention_on_cpu,
     batches,
     main,
     messages_for,
@@ -18,6 +17,7 @@ from stages.answer import (
     speed,
     write_with_transformers,
 )
+from stages.executor import LOCAL
 from stages.files import sha256_of
 from stages.llm import Reply, Request, Store, request_key
 from stages.models import load_tokenizer
@@ -26,6 +26,7 @@ from stages.program import BadInput, BadModelFile
 from stages.records import Answer, Chunk, Question, read_records, write_records
 from stages.release import ADAPTER_FILE
 from stages.systems import Asking, System, requests_for
+from stages.systems.greedy import attention_on_cpu
 
 SHORT = Chat(system_prompt="Answer briefly.", max_new_tokens=8, context_tokens=512)
 TEXTS = ("What color is the sky?", "Name a color.", "Why does water boil when it is heated on the stove?")
@@ -41,7 +42,8 @@ def chunk(id: str, text: str) -> Chunk:
 
 def written(folder: Path, requests: dict[str, Request], batch_tokens: int) -> dict[str, Reply]:
     replies: dict[str, Reply] = {}
-    assert write_with_transformers(folder, batch_tokens, "base", requests, replies.__setitem__) > 0
+    tokenizer = load_tokenizer(folder)
+    assert write_with_transformers(folder, "", tokenizer, batch_tokens, LOCAL, "base", requests, replies.__setitem__) > 0
     return replies
 
 
@@ -194,7 +196,17 @@ class Project(NamedTuple):
         paths = [self.folder / name for name in ("exam.jsonl", "chunks.jsonl")]
         outs = [self.folder / name for name in ("store", "answers", "m.json")]
         models = Models(base=str(self.base), teacher="", embedder=MODELS.embedder)
-        main(*paths, self.merged, self.gguf, *outs, answer=settings, retrieval=Retrieval(top_k=top_k), chat=ROOMY, models=models)
+        main(
+            *paths,
+            self.merged,
+            self.gguf,
+            *outs,
+            answer=settings,
+            retrieval=Retrieval(top_k=top_k),
+            chat=ROOMY,
+            models=models,
+            executor=LOCAL,
+        )
         files = (self.folder / "answers").glob("*.jsonl")
         return {path.stem: {one.question_id: one for one in read_records(path, Answer)} for path in files}
 

@@ -11,6 +11,7 @@ from fake_endpoint import FakeEndpoint, Turn
 from fake_judge import Judge, honest, is_probe, judging, ratings
 
 from stages.evaluate import check_answers, leaks, main, read_asked, score_set, table
+from stages.executor import LOCAL
 from stages.files import sha256_of_file
 from stages.judge import main as judge_candidates
 from stages.params import Models
@@ -197,7 +198,7 @@ def test_real_embeddings_rank_a_paraphrase_between_the_reference_and_nonsense(
         "q8_0": ["By default it uses port 5000"] * 4 + ["I am a model."],
     }
     paths = write(tmp_path, [*asked, strange], answers)
-    main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS)
+    main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS, executor=LOCAL)
     board = read_scoreboard(paths[-1])
     recall = {system: scores.measures["similarity"].mean for system, scores in board.sets["recall"].systems.items()}
     assert list(recall) == ["base", "q8_0", "tuned"] and recall["tuned"] == 1.0
@@ -215,13 +216,13 @@ def test_real_embeddings_rank_a_paraphrase_between_the_reference_and_nonsense(
     assert "recall, 2 questions, 2 sections" in said
     assert "1 of 5 questions stand in the training data, the first is q5: 'Who are you?'" in said
     before = [path.read_bytes() for path in paths[-2:]]
-    main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS)
+    main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS, executor=LOCAL)
     assert [path.read_bytes() for path in paths[-2:]] == before
 
 
 def test_a_set_without_a_question_is_absent(tmp_path: Path) -> None:
     paths = write(tmp_path, [question("q1", "a"), question("q2", "b")], {"base": ["x", "y"], "tuned": ["x", "z"]})
-    main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS)
+    main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS, executor=LOCAL)
     assert list(json.loads(paths[-1].read_text())["sets"]) == ["recall"]
 
 
@@ -229,14 +230,14 @@ def test_a_set_without_a_question_is_absent(tmp_path: Path) -> None:
 def test_an_exam_without_a_recall_question_is_an_error_and_not_zero(tmp_path: Path, asked: list[Question]) -> None:
     paths = write(tmp_path, asked, {"base": ["x"] * len(asked), "tuned": ["x"] * len(asked)})
     with pytest.raises(BadRecord, match="no recall question"):
-        main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS)
+        main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS, executor=LOCAL)
     assert not paths[-2].exists() and not paths[-1].exists()
 
 
 def test_a_missing_baseline_is_an_error(tmp_path: Path) -> None:
     paths = write(tmp_path, [question("q1", "a")], {"base": ["x"], "q8_0": ["x"]})
     with pytest.raises(BadInput, match="tuned.jsonl is missing"):
-        main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS)
+        main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS, executor=LOCAL)
 
 
 def test_answers_to_other_questions_or_of_unknown_models_are_refused(tmp_path: Path) -> None:
@@ -246,14 +247,14 @@ def test_answers_to_other_questions_or_of_unknown_models_are_refused(tmp_path: P
     noted = json.loads(paths[4].read_text())
     paths[4].write_text(json.dumps(noted | {"systems": {"base": {"sha256": "b"}}}))
     with pytest.raises(BadInput, match="name different systems, such as tuned"):
-        main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS)
+        main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS, executor=LOCAL)
     paths[4].write_text(json.dumps({"systems": {"base": {"new": 1}}}))
     with pytest.raises(BadInput, match="does not say who answered"):
-        main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS)
+        main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS, executor=LOCAL)
     paths[4].write_text(json.dumps(noted))
     write_records(paths[0], [question("q1", "a", question="Another one?")])
     with pytest.raises(BadInput, match="the answers are to questions with SHA-256"):
-        main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS)
+        main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS, executor=LOCAL)
 
 
 def test_a_score_that_is_not_a_number_makes_no_scoreboard() -> None:
@@ -284,7 +285,7 @@ def evaluate_judged(
     """What a judge that says `text` was asked, the scoreboard, and the ratings by question and system."""
     paths = write(folder, ASKED, SAID)
     with FakeEndpoint(turn, text) as endpoint:
-        main(*paths, evaluate=EVALUATE, judge=judging(endpoint, **changes), models=MODELS)
+        main(*paths, evaluate=EVALUATE, judge=judging(endpoint, **changes), models=MODELS, executor=LOCAL)
     rated = {(row.question_id, row.system): row.judge for row in read_records(paths[-2], Score)}
     return endpoint, read_scoreboard(paths[-1]), rated
 
@@ -372,7 +373,7 @@ def test_the_audit_of_the_stage_judge_is_not_asked_again_and_a_second_run_asks_n
 
 def test_a_question_whose_passage_is_gone_is_an_error_where_a_judge_needs_it(tmp_path: Path) -> None:
     paths = write(tmp_path, [question("q1", "a", chunk_id="gone")], {"base": ["x"], "tuned": ["x"]})
-    main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS)
+    main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS, executor=LOCAL)
     with FakeEndpoint(text=sober) as endpoint, pytest.raises(BadInput, match="question q1 names chunk gone, which is not among"):
-        main(*paths, evaluate=EVALUATE, judge=judging(endpoint), models=MODELS)
+        main(*paths, evaluate=EVALUATE, judge=judging(endpoint), models=MODELS, executor=LOCAL)
     assert endpoint.bodies == []

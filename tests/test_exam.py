@@ -9,6 +9,7 @@ import pytest
 from conftest import MODELS
 
 from stages.exam import OUT_OF_SCOPE, Params, general_questions, gold_questions, main, read_gold, read_out_of_scope
+from stages.executor import LOCAL
 from stages.general import read_general
 from stages.likeness import near_duplicates
 from stages.program import BadRecord
@@ -61,7 +62,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def asked(folder: Path, exam: Params = EXAM) -> tuple[dict[str, list[Question]], dict[str, Any]]:
     """The questions by set, and the metrics."""
     names = ("questions.jsonl", "chunks.jsonl", "store", "exam.jsonl", "exam.json")
-    main(*(folder / name for name in names), exam=exam, models=MODELS)
+    main(*(folder / name for name in names), exam=exam, models=MODELS, executor=LOCAL)
     every = read_records(folder / "exam.jsonl", Question)
     return {name: [one for one in every if one.set == name] for name in get_args(SetName)}, json.loads(
         (folder / "exam.json").read_bytes()

@@ -19,7 +19,9 @@ import yaml
 from conftest import MODELS
 from fake_endpoint import FakeEndpoint, Turn
 
+from stages.embedding import Embed, embedding
 from stages.evidence import fold
+from stages.executor import LOCAL
 from stages.generate import (
     Params,
     Ranked,
@@ -35,7 +37,6 @@ from stages.generate import (
     without,
 )
 from stages.llm import Endpoint
-from stages.models import Embed, embedding
 from stages.program import BadInput, BadModelFile, LimitBroken, ServerFailed
 from stages.recipes import Draft
 from stages.records import Candidate, Chunk, Curated, Failure, content_id, read_records, write_records
@@ -295,7 +296,16 @@ class Files:
     def run(self, *fakes: FakeEndpoint, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
         """The metrics of a run with `fakes`, after its account was checked."""
         settings = but(endpoints=tuple(Endpoint(fake.url, "fake") for fake in fakes), **changes)
-        main(self.chunks, self.curated, self.store, *self.outputs, generate=settings, models=MODELS, **(options or {}))
+        main(
+            self.chunks,
+            self.curated,
+            self.store,
+            *self.outputs,
+            generate=settings,
+            models=MODELS,
+            executor=LOCAL,
+            **(options or {}),
+        )
         metrics: dict[str, Any] = json.loads(self.outputs[2].read_text()) if self.outputs[2].exists() else {}
         if metrics:
             candidates, lost = self.candidates(), self.failures()
@@ -665,7 +675,15 @@ def test_without_endpoints_the_engine_is_started_for_the_teacher(tmp_path: Path)
     (tmp_path / "teacher/config.json").write_text("{}")
     models = msgspec.structs.replace(MODELS, teacher=str(tmp_path / "teacher"))
     with pytest.raises(BadModelFile, match=r"teacher is not a \.gguf file, which llama\.cpp needs"):
-        main(files.chunks, files.curated, files.store, *files.outputs, generate=but(engine="llama.cpp"), models=models)
+        main(
+            files.chunks,
+            files.curated,
+            files.store,
+            *files.outputs,
+            generate=but(engine="llama.cpp"),
+            models=models,
+            executor=LOCAL,
+        )
 
 
 # estimate

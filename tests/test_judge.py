@@ -11,6 +11,7 @@ from conftest import MODELS
 from fake_endpoint import FakeEndpoint, Turn
 from fake_judge import Judge, audited, honest, is_probe, judging, ratings
 
+from stages.executor import LOCAL
 from stages.judge import main
 from stages.judging import DIMENSIONS
 from stages.program import BadInput
@@ -64,7 +65,7 @@ class Files:
         """Runs the stage with a judge that says `text`; the endpoint knows what it was asked."""
         with FakeEndpoint(turn, text) as endpoint:
             paths = self.candidates, self.chunks, self.folder / "store", self.judgements, self.metrics
-            main(*paths, judge=judging(endpoint, **changes), models=MODELS)
+            main(*paths, judge=judging(endpoint, **changes), models=MODELS, executor=LOCAL)
         return endpoint
 
     def found(self) -> dict[str, Judgement]:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from stages.executor import LOCAL
 from stages.measure import Params, languages, main
 from stages.params import Models
 from stages.program import BadModelFile
@@ -43,7 +44,13 @@ def measured(
     paths = [folder / f"{name}.jsonl" for name in ("candidates", "chunks", "review", "measurements")]
     for path, records in zip(paths, (claims, [chunk], decisions), strict=False):
         write_records(path, records)  # type: ignore[arg-type]
-    main(*paths, folder / "metrics.json", measure=Params(**({"min_cosine": 0.95, "nli": ""} | settings)), models=MODELS)
+    main(
+        *paths,
+        folder / "metrics.json",
+        measure=Params(**({"min_cosine": 0.95, "nli": ""} | settings)),
+        models=MODELS,
+        executor=LOCAL,
+    )
     return by_id(read_records(paths[3], Measurement))
 
 

@@ -165,6 +165,7 @@ def test_ray_asks_for_a_token_and_gets_only_options_that_every_node_takes() -> N
 
     shell = SHELL["ray.sbatch"]
     assert "RAY_AUTH_MODE=token" in shell and "umask 077" in shell and "trap 'rm -f \"$RAY_AUTH_TOKEN_PATH\"' EXIT" in shell
+    assert '-- templates/run.sh "ray-$SLURM_JOB_ID" executor.engine=ray "executor.workers=$SLURM_JOB_NUM_NODES" "$@"' in shell
     (given,) = re.findall(r"(?s)ray symmetric-run (.*?)\s-- ", shell)
     known = {option for param in symmetric_run.params for option in param.opts}
     assert set(re.findall(r"--[a-z-]+", given)) == {"--address", "--min-nodes"} <= known

@@ -21,7 +21,10 @@ CODE = Path(stages.__file__).parent
 ROOT = CODE.parent
 MODULES = sorted(path.stem for path in CODE.glob("*.py") if path.stem != "__init__")
 FOLDERS = sorted(path.parent.name for path in CODE.glob("*/__init__.py"))
-UNLISTED = {"tracking"}  # where a run is recorded changes no output, so that another server trains nothing again
+UNLISTED = {
+    "tracking",
+    "executor",
+}  # where a run is recorded and where work is done changes no output: neither makes a stage run again
 KEPT = {"data/store", "models/checkpoints"}  # survive runs: DVC deletes what it knows as an output before a stage runs
 
 
@@ -248,6 +251,14 @@ def test_the_readme_lists_the_stages_in_their_order() -> None:
         elif tables[-1]:
             tables.append([])
     assert list(dict.fromkeys(module_of(stage) for stage in STAGES)) in tables
+
+
+def test_links_lead_to_files_that_are_there() -> None:
+    pages = [ROOT / "README.md", ROOT / "bench/RESULTS.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))]
+    local = [(page, link.partition("#")[0]) for page, link in links if "://" not in link and not link.startswith("#")]
+    assert len(local) > 30
+    assert not [(str(page.relative_to(ROOT)), link) for page, link in local if not (page.parent / link).exists()]
 
 
 def test_make_runs_modules_that_exist() -> None:

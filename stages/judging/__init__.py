@@ -6,15 +6,15 @@ next stage that needs the same judge finds its audit.
 """
 
 import contextlib
-import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import msgspec
 
-from stages.llm import Endpoint, Engine, Reply, Request, Store, Tally, ask_all, endpoints_for, request_key, served_model
+from stages.executor import LOCAL, Executor
+from stages.llm import Ask, Endpoint, Engine, Reply, Request, Source, Store, Tally, asking, request_key
 from stages.params import Positive
 from stages.records import Chunk, Dimension, Judgement, Rating
 
@@ -105,7 +105,7 @@ def exhibit_of(question: str, answer: str, chunk: Chunk) -> Exhibit:
     return Exhibit(topic=chunk.topic(), text=chunk.markdown().strip(), question=question, answer=answer)
 
 
-def judged(exhibits: Mapping[str, Exhibit], judge: Judging, teacher: str, store: Path) -> Judged:
+def judged(exhibits: Mapping[str, Exhibit], judge: Judging, teacher: str, store: Path, executor: Executor = LOCAL) -> Judged:
     """What the judge says of `exhibits` (by id), if it is enabled and passes its audit.
 
     The judge is the model `teacher`, which is started when a reply is not yet in `store`, unless judge.endpoints names servers.
@@ -114,12 +114,10 @@ def judged(exhibits: Mapping[str, Exhibit], judge: Judging, teacher: str, store:
     if not judge.enabled:
         return Judged(used=False, why="judge.enabled is false")
     right, swapped = probes_of(read_probes(PROBES))
-    model = served_model(judge.endpoints, teacher)
-    with contextlib.closing(Store(store, "judge")) as kept, contextlib.ExitStack() as stack:
-        connect = functools.cache(
-            lambda: endpoints_for(stack, judge.endpoints, teacher, judge.engine, CONTEXT_TOKENS, judge.concurrency)
-        )
-        ask = functools.partial(ask_all, store=kept, endpoints=connect)
+    source = Source(judge.endpoints, teacher, judge.engine, CONTEXT_TOKENS, judge.concurrency, judge.timeout_s)
+    model = source.model()
+    with contextlib.closing(Store(store, "judge")) as kept, contextlib.ExitStack() as servers:
+        ask = asking(source, executor, kept, servers)
         probed, _ = _judgements(right | swapped, judge, model, ask)
         audit = audit_of(probed[: len(right)], probed[len(right) :])
         is_used = min(audit.passed, audit.caught) >= judge.audit_pass_share * audit.probes
@@ -191,10 +189,8 @@ def _unrated(id: str, status: Literal["unparsed", "failed"], reason: str) -> Jud
     return Judgement(id=id, status=status, too_low=(), reason=reason, **dict.fromkeys(DIMENSIONS))
 
 
-def _judgements(
-    exhibits: Mapping[str, Exhibit], judge: Judging, model: str, ask: Callable[..., tuple[dict[str, Reply], Tally]]
-) -> tuple[list[Judgement], Tally]:
-    """A judgement for each exhibit, in their order, with the exhibit's name as id. `ask` is ask_all with its store and endpoints."""
+def _judgements(exhibits: Mapping[str, Exhibit], judge: Judging, model: str, ask: Ask) -> tuple[list[Judgement], Tally]:
+    """A judgement for each exhibit, in their order, with the exhibit's name as id."""
     import yaml
 
     prompts = yaml.safe_load(PROMPTS.read_text(encoding="utf-8"))
@@ -202,8 +198,6 @@ def _judgements(
     keys = {name: request_key(request) for name, request in requests.items()}
     replies, tally = ask(
         {keys[name]: request for name, request in requests.items()},
-        concurrency=judge.concurrency,
-        timeout_s=judge.timeout_s,
         label="judge",
         groups={keys[name]: exhibit.text for name, exhibit in exhibits.items()},
     )

@@ -16,6 +16,9 @@ LOST_IN_A_ROW = 32  # calls, at least; then the servers are taken for broken
 SERVER_FAULTS = ("timed out", "unreachable", "status 5")
 
 Keep = Callable[[str, Reply], None]
+Elsewhere = Callable[
+    [Mapping[str, Request], Mapping[str, str], Keep], None
+]  # asks requests with their groups, and keeps each reply
 
 
 class Tally(msgspec.Struct, frozen=True):
@@ -73,12 +76,14 @@ def ask_all(
     *,
     groups: Mapping[str, str] | None = None,
     pairs_in: Callable[[str, Reply], int] | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> tuple[dict[str, Reply], Tally]:
     """A reply for each key of `requests`, and the tally.
 
     Kept replies are reused; `endpoints` is called only when some are missing. Each endpoint gets `concurrency` calls at once, and
     each new reply is kept as it comes. Requests of one group (`groups`: key -> group) go to one endpoint while it lives, since it
-    has their common start cached. `pairs_in` says how many pairs a new reply holds, for the progress line.
+    has their common start cached. `pairs_in` says how many pairs a new reply holds, for the progress line. `elsewhere`, where given,
+    asks the missing requests in place of this process, and `endpoints` is not called.
     Raises ServerFailed when no endpoint answers any more, or one serves another model; what came before is kept.
     """
 
@@ -87,7 +92,7 @@ def ask_all(
 
         import stages.llm.pool  # noqa: F401
 
-        servers = endpoints()
+        servers = [] if elsewhere else endpoints()
         reused = len(requests) - len(missing)
         bar = progress(None, label, total=len(requests), unit="call")
         bar.initial = bar.n = reused
@@ -105,12 +110,49 @@ def ask_all(
             bar.update()
 
         try:
-            asyncio.run(_ask(missing, keep_and_show, servers, concurrency, timeout_s, groups or {}))
+            if elsewhere:
+                elsewhere(missing, groups or {}, keep_and_show)
+            else:
+                asyncio.run(_ask(missing, keep_and_show, servers, concurrency, timeout_s, groups or {}))
         finally:
             bar.close()
         return time.monotonic() - started
 
     return ask_missing(requests, store, ask)
+
+
+class Line:
+    """Calls to endpoints, to be made in one event loop, that end when no endpoint answers any more."""
+
+    def __init__(self, endpoints: Sequence[Endpoint], timeout_s: float, at_once: int) -> None:
+        import stamina.instrumentation
+
+        from stages.llm.pool import Pool
+
+        stamina.instrumentation.set_on_retry_hooks([])  # retries show in the tally, not as log lines
+        self.pool = Pool(endpoints, timeout_s)
+        self.endpoints = endpoints
+        self.answered = self.lost_in_a_row = 0
+        self.most_lost = max(LOST_IN_A_ROW, 2 * at_once)
+
+    async def reply(self, request: Request, group: str) -> Reply:
+        """The reply to `request`, which may be a failed one. Raises AllGone, and ServerFailed when another model answers."""
+        from stages.llm.pool import AllGone
+
+        reply = await _ask_one(self.pool, request, group)
+        self.answered += not reply.failed
+        self.lost_in_a_row = self.lost_in_a_row + 1 if reply.failed.startswith(SERVER_FAULTS) else 0
+        if self.lost_in_a_row >= self.most_lost:
+            raise AllGone(reply.failed)
+        return reply
+
+    def stopped(self, wanted: int, reason: Exception) -> ServerFailed:
+        """The error that says so, `wanted` calls having been asked for."""
+        servers = f"server{'s' if len(self.endpoints) > 1 else ''} at {', '.join(one.url for one in self.endpoints)}"
+        return ServerFailed(
+            f"the LLM {servers} stopped answering after {self.answered} of {wanted} calls ({reason}); "
+            "their replies are kept. Resume with: dvc repro"
+        )
 
 
 async def _ask(
@@ -123,38 +165,25 @@ async def _ask(
 ) -> None:
     import asyncio
 
-    import stamina.instrumentation
+    from stages.llm.pool import AllGone
 
-    from stages.llm.pool import AllGone, Pool
-
-    stamina.instrumentation.set_on_retry_hooks([])  # retries show in the tally, not as log lines
     workers = min(concurrency * len(endpoints), len(requests))
     waiting = iter(requests.items())
-    answered = lost_in_a_row = 0
+    line = Line(endpoints, timeout_s, workers)
 
-    async def work(pool: Pool) -> None:
-        nonlocal answered, lost_in_a_row
+    async def work() -> None:
         for key, request in waiting:
-            reply = await _ask_one(pool, request, groups.get(key, ""))
-            keep(key, reply)
-            answered += not reply.failed
-            lost_in_a_row = lost_in_a_row + 1 if reply.failed.startswith(SERVER_FAULTS) else 0
-            if lost_in_a_row >= max(LOST_IN_A_ROW, 2 * workers):
-                raise AllGone(reply.failed)
+            keep(key, await line.reply(request, groups.get(key, "")))
 
     try:
-        async with Pool(endpoints, timeout_s) as pool, asyncio.TaskGroup() as tasks:
+        async with line.pool, asyncio.TaskGroup() as tasks:
             for _ in range(workers):
-                tasks.create_task(work(pool))
+                tasks.create_task(work())
     except BaseExceptionGroup as errors:
         error = errors.exceptions[0]
         if not isinstance(error, AllGone):
             raise error from None
-        servers = f"server{'s' if len(endpoints) > 1 else ''} at {', '.join(endpoint.url for endpoint in endpoints)}"
-        raise ServerFailed(
-            f"the LLM {servers} stopped answering after {answered} of {len(requests)} calls ({error}); "
-            "their replies are kept. Resume with: dvc repro"
-        ) from None
+        raise line.stopped(len(requests), error) from None
 
 
 async def _ask_one(pool: Any, request: Request, group: str) -> Reply:

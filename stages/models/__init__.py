@@ -1,9 +1,7 @@
 """Model references and the models behind them. Nothing is downloaded unless params.yaml says `hf:`; nothing is unpickled."""
 
-import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,6 @@ from stages.files import new_folder, sha256_of
 from stages.models.gguf import read_gguf
 from stages.program.errors import BadModelFile
 
-Embed = Callable[[Sequence[str]], Any]  # texts -> unit vectors, shape (n, d)
 CACHE = Path("models/cache")  # GGUF files unpacked for transformers and vLLM, by SHA-256; safe to delete
 
 
@@ -35,6 +32,15 @@ def find_model(reference: str) -> Path:
 def model_sha256(reference: str) -> str:
     """The SHA-256 of the model's file, or over its folder: the identity that goes into request keys, MLflow and releases."""
     return sha256_of(find_model(reference))
+
+
+def check_model(reference: str, expected_sha256: str) -> None:
+    """Raises BadModelFile where `reference` is another model on this machine than on the one that a run started on."""
+    if (found := model_sha256(reference)) != expected_sha256:
+        raise BadModelFile(
+            f"models: {reference} is another model here (SHA-256 {found[:16]}…) than where the run started ({expected_sha256[:16]}…); "
+            "give all machines the same files"
+        )
 
 
 def as_hf_folder(reference: str) -> Path:
@@ -69,21 +75,6 @@ def load_embedder(reference: str) -> Any:
     folder = find_model(reference)
     _refuse_pickles(folder)
     return SentenceTransformer(str(folder), trust_remote_code=False)
-
-
-def embedding(reference: str) -> Embed:
-    """The embedder behind `reference` as a function that loads it when it is first needed, and embeds each text once."""
-    import numpy as np
-
-    embedder = functools.cache(lambda: load_embedder(reference))
-    known: dict[str, Any] = {}
-
-    def embed(texts: Sequence[str]) -> Any:
-        if new := sorted(set(texts) - known.keys()):
-            known.update(zip(new, embedder().encode(new, batch_size=64, normalize_embeddings=True), strict=True))
-        return np.array([known[text] for text in texts])
-
-    return embed
 
 
 def load_cross_encoder(reference: str) -> Any:

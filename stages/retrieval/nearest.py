@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from stages.embedding import Embed, embedding
+from stages.executor import LOCAL, Executor
 from stages.files import new_file
-from stages.models import Embed, embedding, model_sha256
+from stages.models import model_sha256
 from stages.records import Chunk, content_id
 
 if TYPE_CHECKING:
@@ -21,14 +23,16 @@ class Hit(msgspec.Struct, frozen=True):
     cosine: float
 
 
-def searcher(chunks: Sequence[Chunk], reference: str, store: Path) -> Callable[[Sequence[str], int], list[list[Hit]]]:
+def searcher(
+    chunks: Sequence[Chunk], reference: str, store: Path, executor: Executor = LOCAL
+) -> Callable[[Sequence[str], int], list[list[Hit]]]:
     """A function from questions and `top_k` to the `top_k` nearest of `chunks` for each question, best first, by the embedder `reference`.
 
     The search is exact. Chunks that are equally near come by id, so their order in `chunks` changes nothing. Fewer chunks than
     `top_k` all come. The embeddings of `chunks` are computed once and kept in `store`; the embedder loads when it is first needed.
     """
     chunks = sorted(chunks, key=lambda chunk: chunk.id)
-    embed = embedding(reference)
+    embed = embedding(reference, executor)
     vectors = kept_vectors([searched(chunk) for chunk in chunks], reference, embed, store)
 
     def search(questions: Sequence[str], top_k: int) -> list[list[Hit]]:

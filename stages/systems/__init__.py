@@ -8,8 +8,8 @@ from typing import Literal
 import msgspec
 
 from stages.chats import with_system
-from stages.llm import Endpoint, Reply, Request, Store, Tally, ask_all
-from stages.llm.llama_cpp import llama_server
+from stages.executor import LOCAL, Executor
+from stages.llm import Reply, Request, Source, Store, Tally, asking
 from stages.params import Chat, Positive
 from stages.records import Message
 
@@ -38,12 +38,9 @@ def request_for(text: str, chat: Chat, model_sha256: str) -> Request:
 
 
 def ask_llama(
-    gguf: Path, requests: Mapping[str, Request], kept: Store, chat: Chat, answer: Asking
+    gguf: Path, requests: Mapping[str, Request], kept: Store, chat: Chat, answer: Asking, executor: Executor = LOCAL
 ) -> tuple[dict[str, Reply], Tally]:
     """`ask_all` of the model in the file `gguf`, by a server that is started when a reply is missing."""
+    source = Source((), str(gguf), "llama.cpp", chat.context_tokens, answer.concurrency, answer.timeout_s)
     with contextlib.ExitStack() as servers:
-
-        def endpoints() -> list[Endpoint]:
-            return [servers.enter_context(llama_server(gguf, chat.context_tokens, answer.concurrency))]
-
-        return ask_all(requests, kept, endpoints, answer.concurrency, answer.timeout_s, f"answer {gguf.stem}")
+        return asking(source, executor, kept, servers)(requests, label=f"answer {gguf.stem}")

@@ -8,6 +8,7 @@ import pytest
 from conftest import MODELS
 
 import stages.retrieval.nearest
+from stages.executor import Executor
 from stages.records import Chunk
 from stages.retrieval import Hit, searcher
 from stages.retrieval.nearest import searched
@@ -62,7 +63,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     real = stages.retrieval.nearest.embedding
 
-    def embedding(reference: str) -> Any:
+    def embedding(reference: str, executor: Executor) -> Any:
         embed = real(reference)
 
         def counting(texts: Any) -> Any:

@@ -1,0 +1,70 @@
+"""Where a stage's units of work are done: in its own process, or by workers on the nodes of a Ray cluster.
+
+DVC stays the record and Ray Data the scheduler: a stage hands over its units and waits. Any engine gives the same results.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from stages.params import Positive
+
+__all__ = ["LOCAL", "Done", "Executor", "Work", "done_on_ray"]
+
+Work = Callable[[bytes], bytes]  # does one unit
+
+
+class Executor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The section `executor` of params.yaml. It changes no output, so it is no param of a stage in dvc.yaml."""
+
+    engine: Literal["local", "ray"]
+    address: Annotated[str, msgspec.Meta(pattern=r"^$|^auto$|^(\[[\da-f:]+\]|[\w.-]+):\d{1,5}$")]  # of the head of the cluster
+    workers: Positive
+    attempts: Positive  # at a unit that fails, or ends the worker that does it
+
+
+class Done(msgspec.Struct, frozen=True):
+    """A unit that came to its end: with a `result`, or with the reason why it has none after all attempts."""
+
+    name: str
+    result: bytes = b""
+    failed: str = ""
+
+
+LOCAL = Executor(engine="local", address="", workers=1, attempts=1)
+
+
+def done_on_ray(
+    executor: Executor,
+    units: Mapping[str, bytes],
+    make: Callable[..., Work],
+    arguments: tuple[Any, ...],
+    *,
+    at_once: int,
+    has_model: bool,
+) -> Iterator[Done]:
+    """Each of `units` when it is done, in any order, by workers on the cluster of `executor`.
+
+    A worker makes its `Work` by `make(*arguments)`, once, and does `at_once` units at a time; one that runs a model takes a GPU where
+    the cluster has one. A node that is lost costs the units that were at work there, which are done again by others, one at a time.
+    Raises the DocsmithError of a worker, with its node's name, ServerFailed where no cluster answers, and BadParams.
+    """
+    from stages.executor.cluster import attempt, connect
+
+    connect(executor)
+    left = dict(units)
+    reasons: dict[str, str] = {}
+    for number in range(executor.attempts):
+        # one at a time from the second attempt on: a unit that ends its worker must not take others down with it again
+        for done in attempt(left, make, arguments, executor.workers, at_once if number == 0 else 1, has_model):
+            if done.failed:
+                reasons[done.name] = done.failed
+            else:
+                del left[done.name]
+                yield done
+        if not left:
+            return
+    for name in left:
+        reason = reasons.get(name, "the worker that did it ended: killed, out of memory, or its node is gone")
+        yield Done(name, failed=f"failed {executor.attempts} times on the cluster ({reason})")

@@ -1,0 +1,137 @@
+"""One attempt at units of work by Ray Data: a pool of actors, and results as they come."""
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import stages
+from stages.executor import Done, Executor, Work
+from stages.program import errors
+from stages.program.errors import BadParams, DocsmithError, ServerFailed
+
+CONNECT_S = 5
+
+
+def connect(executor: Executor) -> None:
+    """Connects this process to the cluster, whose workers then run the code of this process. Once is enough."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # a cluster that anybody may use runs anybody's code
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")  # tries to connect, a second each
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise BadParams("params.yaml: executor.engine is ray, which is not installed. Install it with: make team") from None
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS") or executor.address
+    if not address:
+        raise BadParams("params.yaml: executor.engine is ray; set executor.address or RAY_ADDRESS to the cluster's host:port")
+    code = {"py_modules": [str(Path(stages.__file__).parent)], "excludes": ["**/__pycache__"]}
+    with tempfile.TemporaryFile() as log:
+        try:
+            if address != "auto":
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()  # Ray itself tries for longer
+            with _stderr_in(log):
+                ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=code)
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:  # a ConnectionError is an OSError
+            log.seek(0)
+            if b"AuthToken" in log.read() or isinstance(error, ray.exceptions.AuthenticationError):
+                advice = "It asks for another token; name the file that holds it in RAY_AUTH_TOKEN_PATH"
+            else:
+                advice = "Start one with ray start, or set executor.engine to local"
+            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+            raise ServerFailed(f"the Ray cluster at {address} cannot be used ({reason}). {advice}") from None
+
+
+@contextlib.contextmanager
+def _stderr_in(log: IO[bytes]) -> Iterator[None]:
+    """Until the block ends, all that this process writes to stderr goes to `log`: Ray's C++ says each try there."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+class Worker:
+    """What an actor of Ray Data runs: makes its Work once, and does the units that it is given."""
+
+    def __init__(self, make: Callable[..., Work], arguments: tuple[Any, ...], folder: str) -> None:
+        self.refusal: DocsmithError | None = None
+        if Path(folder).is_dir():  # the project, where the nodes share its disk
+            os.chdir(folder)
+        try:
+            self.work = make(*arguments)
+        except DocsmithError as error:
+            self.refusal = error
+
+    def __call__(self, rows: Any) -> Any:
+        import pyarrow
+
+        (name,), (unit,) = rows["name"].to_pylist(), rows["unit"].to_pylist()
+        result, stop, failed = b"", "", ""
+        try:
+            if self.refusal:
+                raise self.refusal
+            result = self.work(unit)
+        except DocsmithError as error:
+            stop, failed = type(error).__name__, f"on {socket.gethostname()}: {error}"
+        except Exception as error:  # whatever it is, another attempt may go better, and the reason is shown if none does
+            failed = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        text = {"name": [name], "stop": [stop], "failed": [failed]}
+        return pyarrow.table(text | {"result": pyarrow.array([result], pyarrow.binary())})
+
+
+def attempt(
+    units: Mapping[str, bytes], make: Callable[..., Work], arguments: tuple[Any, ...], workers: int, at_once: int, has_model: bool
+) -> Iterator[Done]:
+    """Those of `units` that came to an end; one whose worker ended is left out. Raises the DocsmithError of a worker."""
+    import ray.data
+
+    settings = ray.data.DataContext.get_current()
+    settings.enable_progress_bars = False
+    settings.max_errored_blocks = -1  # a unit whose worker ended is left to the next attempt
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # of 2.60; no other argument limits restarts
+    rows: list[Any] = [{"name": name, "unit": unit} for name, unit in units.items()]
+    on_gpu = has_model and _has_gpu()
+    found = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        Worker,
+        fn_constructor_args=(make, arguments, os.getcwd()),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(
+            size=min(workers, len(rows)),
+            max_tasks_in_flight_per_actor=at_once + 1,  # one waits at the worker
+            max_concurrent_calls_per_actor=at_once,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=0 if on_gpu else 1,
+        num_gpus=1 if on_gpu else 0,
+        max_restarts=0,  # nor retries, of which Ray Data has no end; another actor takes the place of one that ended
+    )
+    arriving: Any = found.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    for block in arriving:
+        for row in block.to_pylist():
+            if row["stop"]:
+                raise getattr(errors, row["stop"])(row["failed"])
+            yield Done(row["name"], row["result"], row["failed"])
+
+
+def _has_gpu() -> bool:
+    import ray
+
+    resources: Any = ray.cluster_resources  # it has no types
+    return bool(resources().get("GPU"))
