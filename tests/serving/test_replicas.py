@@ -362,7 +362,7 @@ def test_an_engine_elsewhere_with_another_file_name_or_context_is_refused(
         with llama_server(gguf, context_tokens, 2) as endpoint, pytest.raises(kind, match=words) as error:
             asyncio.run(refused(on(release, endpoints=(endpoint.url,))))
         assert "\n" not in str(error.value)
-    with pytest.raises(ServerFailed, match=r"http://127.0.0.1:9/v1: llama.cpp did not answer /v1/models"):
+    with pytest.raises(ServerFailed, match=r"http://127.0.0.1:9/v1: the engine did not answer /v1/models"):
         asyncio.run(refused(on(release, endpoints=("http://127.0.0.1:9/v1",))))
 
 
