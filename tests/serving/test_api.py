@@ -153,7 +153,9 @@ def test_control_tokens_of_a_user_are_text_to_the_model(engine: Engine) -> None:
     assert [id for id in ids[0] if id in special] == [id for id in ids[1] if id in special]
 
 
-@pytest.mark.parametrize("body", [{}, {"question": ""}, {"question": " \n"}, {"question": None}, {"question": 3}, [], "question"])
+@pytest.mark.parametrize(
+    "body", [{}, {"question": ""}, {"question": " \n"}, {"question": "\x1c"}, {"question": None}, {"question": 3}, [], "question"]
+)
 def test_a_body_without_a_question_gets_400(address: str, body: object) -> None:
     reply = httpx.post(f"{address}/chat", json=body)
     assert (reply.status_code, reply.json()) == (400, {"error": "No question provided"})
