@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from stages.params import Chat, Models, Tracking
-from stages.program import BadParams, DocsmithError, ServerFailed, run, say
+from stages.program import BadParams, ServerFailed, run, say
 from stages.serving.settings import Serve
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Followed:
                 continue
             try:
                 sources = await asyncio.to_thread(self.read, served.folder)
-            except DocsmithError as error:
+            except Exception as error:  # whatever it is, the old ones can be shown
                 say(f"serve: the sources stay those of {self.folder}: {error}")
                 self.folder = served.folder
             else:

@@ -1,3 +1,4 @@
+import asyncio
 import contextlib
 import json
 import os
@@ -10,14 +11,17 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from conftest import PARAMS, Exported
 
+from stages import serve as serve_module
 from stages.program import BadModelFile, BadParams
 from stages.release import read_release
-from stages.serve import read_keys
+from stages.serve import Followed, read_keys
+from stages.serving.sources import Sources
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 KEY = "a-key-of-more-than-sixteen"
@@ -123,9 +127,11 @@ def test_a_dead_engine_is_503_and_is_back_within_five_seconds(exported: Exported
         answer = httpx.post(f"{address}/chat", json={"question": "Why?"}, timeout=60)
         health = httpx.get(f"{address}/health")
         deadline = time.monotonic() + 10
-        while (ready := httpx.get(f"{address}/ready")).status_code == 503 and time.monotonic() < deadline:
+        # not until /ready is 200: for a tenth of a second after the kill, it still is
+        while (again := httpx.post(f"{address}/chat", json={"question": "Why?"}, timeout=60)).status_code == 503:
+            assert time.monotonic() < deadline
             time.sleep(0.1)
-        again = httpx.post(f"{address}/chat", json={"question": "Why?"}, timeout=60)
+        ready = httpx.get(f"{address}/ready")
     assert (answer.status_code, health.status_code, ready.status_code, again.status_code) == (503, 200, 200, 200)
     assert int(answer.headers["retry-after"]) >= 1
 
@@ -142,6 +148,33 @@ def test_keys_of_the_environment_are_needed_and_logs_have_neither_keys_nor_quest
     assert statuses == [401, 401, 200]
     assert logged.count("POST /chat 401") == 2 and logged.count("POST /chat 200") == 1
     assert KEY not in said + logged and "swordfish" not in said + logged
+
+
+def test_sources_that_cannot_be_read_leave_the_old_ones_and_the_next_ones_are_read_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve_module, "LOOK_AGAIN_S", 0.01)
+    engine = SimpleNamespace(served=SimpleNamespace(folder=Path()))
+
+    def read(folder: Path) -> Sources:
+        if folder == Path("full"):
+            raise OSError(28, "No space left on device", "data/store/embeddings")
+        return Sources([], str(folder), Path())
+
+    async def scenario() -> None:
+        followed = Followed(engine, read)
+        following = asyncio.create_task(followed.follow())
+        old = followed.find
+        engine.served = SimpleNamespace(folder=Path("full"))
+        await asyncio.sleep(0.2)
+        assert followed.find == old
+        engine.served = SimpleNamespace(folder=Path("other"))
+        await asyncio.sleep(0.2)
+        assert followed.find != old
+        following.cancel()
+
+    asyncio.run(scenario())
+    assert capsys.readouterr().out.startswith("serve: the sources stay those of .: [Errno 28] No space left on device")
 
 
 def test_a_key_that_could_be_guessed_or_mistyped_is_refused_and_not_shown() -> None:

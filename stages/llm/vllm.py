@@ -41,7 +41,7 @@ def vllm_server(
     command += ["--model", str(folder), "--served-model-name", folder.name]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "bfloat16", "--max-model-len", str(context_tokens), "--max-num-seqs", str(parallel)]
-    command += ["--disable-log-stats"]
+    command += ["--disable-log-stats", "--disable-uvicorn-access-log"]  # else a server of weeks fills /tmp with its health checks
     if adapter:
         rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
         room = next((size for size in LORA_RANKS if size >= rank), rank)

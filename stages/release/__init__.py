@@ -145,7 +145,7 @@ def embedded_template(endpoint: Endpoint) -> str:
 
 
 def ask(endpoint: Endpoint, path: str, body: dict[str, Any] | None = None, timeout_s: float = REQUEST_S) -> Any:
-    """The reply of llama.cpp to a GET of `path`, or to a POST of `body`. Raises ServerFailed."""
+    """The reply of llama.cpp or vLLM to a GET of `path`, or to a POST of `body`. Raises ServerFailed."""
     import httpx
 
     try:
@@ -154,9 +154,9 @@ def ask(endpoint: Endpoint, path: str, body: dict[str, Any] | None = None, timeo
             address = server_address(endpoint) + path
             reply = client.get(address) if body is None else client.post(address, json=body)
     except httpx.HTTPError as error:
-        raise ServerFailed(f"llama.cpp did not answer {path}: {' '.join(str(error).split())}") from None
+        raise ServerFailed(f"the engine did not answer {path}: {' '.join(str(error).split())}") from None
     if reply.is_error:
-        raise ServerFailed(f"llama.cpp answered {path} with {reply.status_code}: {reply.text[:300]}")
+        raise ServerFailed(f"the engine answered {path} with {reply.status_code}: {reply.text[:300]}")
     return reply.json()
 
 

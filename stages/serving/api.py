@@ -254,6 +254,8 @@ def application(engine: Any, sources: Any, feedback: Any, serve: Serve, chat: Ch
     @app.post("/chat", responses=_replies(Answered, 400, 401, 408, 415, 422, 503, events=("delta", "done", "error")), **with_key)
     async def answer(asked: Asked) -> Response:
         """An answer with its sources; with `stream`, server-sent events: `delta` for each piece, then `done`, or `error`."""
+        if not asked.question.strip():  # Python takes a few more letters for white space than the pattern does
+            raise Refused(400, "No question provided")
         turns = [Turn(said.role, said.content) for said in asked.history] + [Turn("user", asked.question.strip())]
         return Live(lambda send: to_chat(turns, asked.question, asked.stream, send))
 

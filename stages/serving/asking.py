@@ -16,6 +16,7 @@ from stages.records import Message
 from stages.serving.engine import EngineDown, Served
 from stages.serving.limits import RETRY_AFTER_S, Refused
 from stages.serving.settings import Serve
+from stages.serving.turns import LONGER
 
 CONNECT_S = 5
 ANSWER_S = 600  # with its time in the queue, which on two cores is minutes
@@ -104,6 +105,10 @@ async def pieces(served: Served, body: dict[str, Any]) -> AsyncGenerator[tuple[b
             for line in lines:
                 if line == b"data: [DONE]":
                     return
+                if line.startswith(
+                    b":"
+                ):  # a comment, which llama.cpp sends in silences of half a minute to notice who has hung up
+                    continue
                 event = EVENT.decode(line.removeprefix(b"data: ").removeprefix(b"error: "))
                 if event.error is not None or line.startswith(b"error: "):
                     raise Refused(503, "The model failed while it answered; ask again", RETRY_AFTER_S, "engine_failed")
@@ -172,6 +177,6 @@ def conversation_of(messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def _refused(status: int, reply: bytes) -> Refused:
-    if status == 400 and b"exceed_context_size" in reply:  # what was counted was another model's
+    if status == 400 and (b"exceed_context_size" in reply or LONGER.encode() in reply):  # what was counted was another model's
         return Refused(413, "The conversation is longer than the model's context", code="context_length_exceeded")
     return Refused(503, f"The model refused the request (status {status}); ask again", RETRY_AFTER_S, "engine_failed")

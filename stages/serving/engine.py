@@ -390,8 +390,10 @@ def _key(model: Model) -> object:
     from stages.tracking import project_root
 
     folder = project_root() / model.tags["gguf_path"]
-    files = [stamp_of(folder / name) for name in (RELEASE_FILE, SUMS_FILE, gguf_name(model.tags["quant"]))]
-    return model.name, sorted(model.tags.items()), files
+    files = [folder / name for name in (RELEASE_FILE, SUMS_FILE, gguf_name(model.tags["quant"]))]
+    if adapter := model.tags.get("adapter_path"):
+        files += sorted((project_root() / adapter).glob("*"))
+    return model.name, sorted(model.tags.items()), [stamp_of(file) for file in files]
 
 
 @contextlib.contextmanager

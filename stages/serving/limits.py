@@ -7,6 +7,7 @@ import ipaddress
 import json
 import math
 import re
+import socket
 import time
 from asyncio import TimerHandle
 from collections import OrderedDict
@@ -27,6 +28,7 @@ MAX_BODY_BYTES = 256_000  # a conversation of 40 pages
 BODY_S = 10  # for the whole of it
 MAX_HEAD_BYTES = 64_000
 HEAD_S = 10  # for request line and headers
+TAKE_S = 30  # without a byte of its reply taken by the client
 MAX_CONNECTIONS = 512  # below the 1024 files that a process may have open on most systems
 MAX_CALLERS = 10_000  # whose rates are remembered
 RETRY_AFTER_S = 5
@@ -270,9 +272,9 @@ def escaped(text: str) -> str:
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's connection, closed when it is one too many, and when its headers are too slow or too large.
+    """uvicorn's connection, closed when it is one too many, when its headers are too slow or too large, and when its replies are not read.
 
-    uvicorn itself waits for a request for ever.
+    uvicorn itself waits for a request, and for a client that reads nothing, for ever.
     """
 
     head_timer: TimerHandle | None = None
@@ -280,6 +282,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * TAKE_S)
         if len(self.connections) > MAX_CONNECTIONS:
             self.close_with(b"503 Service Unavailable\r\nretry-after: %d" % RETRY_AFTER_S)
         else:

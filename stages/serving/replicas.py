@@ -84,7 +84,10 @@ class Replicas:
         try:
             await self._begin()
             self._router.install(await self._router.start(self.model))
-            await workers.become(self._answering())
+            try:
+                await workers.become(self._answering())
+            except httpx.HTTPError as error:
+                raise ServerFailed(f"the router does not take the engines: {error!r}") from None
             self.up_since = time.monotonic()
             self.took_s = self.up_since - began
             if (served := self._router.served) is None:

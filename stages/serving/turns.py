@@ -7,11 +7,13 @@ from itertools import groupby
 from stages.chats import with_system
 from stages.llm.endpoint import Endpoint
 from stages.params import Chat
+from stages.program.errors import ServerFailed
 from stages.records import Message
 from stages.release import Release, ask, plain_text
 
 FRAME_TOKENS = 16  # that a chat template puts around a turn, at most
 HEAD_TOKENS = 64  # and before the first one, as Llama 3's line with the date
+LONGER = "maximum context length"  # what vLLM says of a prompt beyond its context, which it does not count to the end
 
 
 def alternating(turns: Sequence[Message], control_tokens: tuple[str, ...]) -> list[Message]:
@@ -48,4 +50,10 @@ def fits(turns: Sequence[Message], release: Release, endpoint: Endpoint, chat: C
         return True
     # of the routes that count, the one that llama.cpp and vLLM share
     body = {"model": endpoint.model, "system": release.system_prompt, "messages": with_system("", turns)[1:]}
-    return bool(ask(endpoint, "/v1/messages/count_tokens", body)["input_tokens"] + chat.max_new_tokens <= chat.context_tokens)
+    try:
+        counted = ask(endpoint, "/v1/messages/count_tokens", body)["input_tokens"]
+    except ServerFailed as error:
+        if LONGER in str(error):
+            return False
+        raise
+    return bool(counted + chat.max_new_tokens <= chat.context_tokens)

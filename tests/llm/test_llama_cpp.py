@@ -34,6 +34,20 @@ def test_two_chats_at_once_get_the_context_that_was_asked_for_and_the_server_end
     assert not listens(endpoint.url)
 
 
+def test_two_conversations_in_turn_each_find_what_was_said_before_in_the_cache() -> None:
+    system = {"role": "system", "content": "You answer questions about the documentation. Be brief and exact."}
+    cached: list[list[int]] = [[], []]
+    with llama_server(GGUF, context_tokens=300, parallel=2) as endpoint:
+        conversations = [[system, {"role": "user", "content": text}] for text in ("What is a chunk?", "Who may use the server?")]
+        for _ in range(3):
+            for number, turns in enumerate(conversations):
+                body = {"messages": turns, "temperature": 0, "max_tokens": 16}
+                reply = httpx.post(endpoint.url + "/chat/completions", json=body, timeout=60).json()
+                cached[number].append(reply["timings"]["cache_n"])
+                turns += [reply["choices"][0]["message"], {"role": "user", "content": "And why?"}]
+    assert all(counts[2] > 60 for counts in cached)  # the system prompt is 20 tokens
+
+
 def test_the_server_ends_when_its_block_fails() -> None:
     with pytest.raises(KeyError), llama_server(GGUF, context_tokens=256, parallel=1) as endpoint:
         raise KeyError("anything")

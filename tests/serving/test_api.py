@@ -19,9 +19,11 @@ import httpx
 import msgspec
 import openai
 import pytest
-from small_api import CHAT, PASSAGE, SERVE, Engine, Sources, make_release, nowhere, running_engine, serving
+from small_api import CHAT, PASSAGE, SERVE, Engine, Sources, listening, make_release, nowhere, running_engine, serving
+from starlette.types import Receive, Scope, Send
 
 from stages.chats import with_system
+from stages.llm.endpoint import Endpoint
 from stages.records import Message
 from stages.release import ask
 from stages.serving.api import EVENTS, application, policy_of
@@ -153,7 +155,9 @@ def test_control_tokens_of_a_user_are_text_to_the_model(engine: Engine) -> None:
     assert [id for id in ids[0] if id in special] == [id for id in ids[1] if id in special]
 
 
-@pytest.mark.parametrize("body", [{}, {"question": ""}, {"question": " \n"}, {"question": None}, {"question": 3}, [], "question"])
+@pytest.mark.parametrize(
+    "body", [{}, {"question": ""}, {"question": " \n"}, {"question": "\x1c"}, {"question": None}, {"question": 3}, [], "question"]
+)
 def test_a_body_without_a_question_gets_400(address: str, body: object) -> None:
     reply = httpx.post(f"{address}/chat", json=body)
     assert (reply.status_code, reply.json()) == (400, {"error": "No question provided"})
@@ -415,6 +419,27 @@ def test_the_openai_client_learns_of_an_engine_that_dies(patient: tuple[Engine, 
     kill(engine)
     with pytest.raises(openai.APIError, match="The model stopped answering"):
         list(chunks)
+
+
+def test_a_stream_is_whole_though_the_engine_says_in_between_that_it_is_still_there(tmp_path: Path) -> None:
+    """llama.cpp writes a comment when the next token takes half a minute, as beside a long prompt of somebody else."""
+
+    async def slow_engine(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", EVENTS.encode())]})
+        for word in (b"The", None, b" sky"):
+            event = b'data: {"choices":[{"delta":{"content":"%b"}}]}' % word if word else b":"
+            await send({"type": "http.response.body", "body": event + b"\n\n", "more_body": True})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    with listening(slow_engine, lifespan="off") as own:
+        engine = nowhere()
+        assert engine.served
+        engine.served = engine.served._replace(endpoint=Endpoint(url=f"{own}/v1", model="none"))
+        with serving(engine, tmp_path / "feedback") as address:
+            *deltas, (last, _) = events(chat(address, stream=True).text)
+            completion = httpx.post(f"{address}/v1/chat/completions", json={"messages": HELLO, "stream": True}).text
+    assert ([data["text"] for _, data in deltas], last) == (["The", " sky"], "done")
+    assert completion.count("data: ") == 3 and completion.endswith("data: [DONE]\n\n")
 
 
 def test_a_hundred_clients_that_hang_up_leave_their_slot_free(patient: tuple[Engine, str]) -> None:

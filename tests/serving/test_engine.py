@@ -23,7 +23,7 @@ from stages.registry import CHAMPION, change, changing
 from stages.release import SUMS_FILE, Release, gguf_name, write_release
 from stages.release.convert import convert
 from stages.serving import engine as engine_module
-from stages.serving.engine import Engine, EngineDown, Served, find_model, running_adapter, running_engine
+from stages.serving.engine import Engine, EngineDown, Model, Served, _key, find_model, running_adapter, running_engine
 from stages.serving.settings import Serve
 
 if TYPE_CHECKING:
@@ -475,6 +475,18 @@ def test_a_model_that_is_not_there_is_refused_in_one_line(registry: Registry, re
 
 
 # ---- vLLM
+
+
+def test_a_version_without_its_adapter_may_be_tried_again_when_the_adapter_comes(registry: Registry, release: Path) -> None:
+    registry.add(release)
+    tags = {"gguf_path": str(release), "quant": "f16", "adapter_path": "models/adapter"}
+    keys = [_key(Model("docsmith/1", tags))]
+    Path("models/adapter").mkdir(parents=True)
+    for text in ("damaged", "whole, and longer"):
+        Path("models/adapter/adapter_model.safetensors").write_text(text)
+        keys.append(_key(Model("docsmith/1", tags)))
+    assert len({repr(key) for key in keys}) == 3
+    assert repr(_key(Model("docsmith/1", tags))) == repr(keys[-1])
 
 
 def test_vllm_is_not_started_for_another_base_another_adapter_or_another_template(

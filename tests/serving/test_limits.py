@@ -302,6 +302,25 @@ def test_headers_behind_a_request_that_is_being_answered_are_cut_off_too() -> No
         assert memory_kb() - before < 50_000
 
 
+def test_a_client_that_reads_nothing_of_its_reply_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "TAKE_S", 1)
+
+    async def large(scope: Scope, receive: Receive, send: Send) -> None:
+        await PlainTextResponse("x" * 20_000_000)(scope, receive, send)
+
+    with listening(large, lifespan="off") as address, socket.socket() as lazy:
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = address.removeprefix("http://").split(":")
+        lazy.settimeout(10)
+        lazy.connect((host, int(port)))
+        lazy.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        time.sleep(4)
+        with pytest.raises(ConnectionResetError):
+            while lazy.recv(65536):
+                pass
+        assert len(httpx.get(address).content) == 20_000_000
+
+
 def test_connections_above_the_cap_are_turned_away_and_later_ones_are_not(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MAX_CONNECTIONS", 20)
     host, port = address.removeprefix("http://").split(":")

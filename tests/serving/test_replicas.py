@@ -28,6 +28,7 @@ from stages.release import SUMS_FILE, Release, gguf_name, read_release, write_re
 from stages.release.convert import convert
 from stages.serving import engine as engine_module
 from stages.serving import replicas as replicas_module
+from stages.serving import router as router_module
 from stages.serving.api import application
 from stages.serving.asking import body_of, whole
 from stages.serving.engine import Engine, running_engine
@@ -362,8 +363,18 @@ def test_an_engine_elsewhere_with_another_file_name_or_context_is_refused(
         with llama_server(gguf, context_tokens, 2) as endpoint, pytest.raises(kind, match=words) as error:
             asyncio.run(refused(on(release, endpoints=(endpoint.url,))))
         assert "\n" not in str(error.value)
-    with pytest.raises(ServerFailed, match=r"http://127.0.0.1:9/v1: llama.cpp did not answer /v1/models"):
+    with pytest.raises(ServerFailed, match=r"http://127.0.0.1:9/v1: the engine did not answer /v1/models"):
         asyncio.run(refused(on(release, endpoints=("http://127.0.0.1:9/v1",))))
+
+
+def test_a_router_that_does_not_take_the_engines_is_one_line(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module, "CALL_S", 1e-6)
+
+    async def ready(_engine: Engine) -> None:
+        pass
+
+    with pytest.raises(ServerFailed, match="the router does not take the engines: .*Timeout"):
+        run(on(release), ready)
 
 
 def test_models_are_as_far_apart_as_the_likelihoods_of_their_first_words() -> None:
