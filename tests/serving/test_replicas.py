@@ -19,7 +19,7 @@ from small_api import CHAT, SERVE, Sources, make_release
 from stages.llm import llama_cpp
 from stages.llm.llama_cpp import llama_server
 from stages.llm.vllm import gpu_of
-from stages.params import Tracking
+from stages.params import Tracking, convert_section
 from stages.program import BadModelFile, BadParams, ServerFailed
 from stages.promote import register, run_of_version
 from stages.records import Message
@@ -411,3 +411,11 @@ def test_each_replica_under_vllm_has_a_gpu_of_its_own() -> None:
     assert [gpu_of(replica, ["3", "5"]) for replica in range(2)] == ["3", "5"]
     with pytest.raises(BadParams, match="each of serve.replicas needs a GPU under vLLM; this machine shows 2"):
         gpu_of(2, ["3", "5"])
+
+
+def test_an_address_elsewhere_that_asks_for_encryption_is_refused_since_there_is_none() -> None:
+    url = "https://engine.example.org/v1"
+    with pytest.raises(BadParams, match="serve.endpoints"):
+        convert_section("serve", {**msgspec.to_builtins(SERVE), "endpoints": [url]}, Serve, "params.yaml")
+    plain = url.replace("https", "http")
+    assert convert_section("serve", {**msgspec.to_builtins(SERVE), "endpoints": [plain]}, Serve, "p").endpoints == (plain,)
