@@ -1,7 +1,7 @@
 """data/exam.jsonl + data/chunks.jsonl + data/answers/<system>.jsonl -> data/scores.jsonl + reports/metrics/evaluate.json
 
 Scores every system on the same questions, set by set, with bootstrap intervals over sections and paired comparisons with base and
-tuned, and looks for the questions in data/train.jsonl. 1,000 answers take under a minute on two shared cores. No language model is
+tuned, and looks for the questions in data/train.jsonl and for secrets in the answers. 1,000 answers take under a minute on two shared cores. No language model is
 called unless judge.enabled is true: then the judge of the stage `judge` rates each answer to a question with a passage, a call each.
 """
 
@@ -32,7 +32,9 @@ from stages.scoreboard import (
     score_rows,
 )
 from stages.scoring import Sampling, Scoring, compare, is_empty, means, score_answers
+from stages.screening import secrets_in
 
+UNTRAINED = ("base", "base_rag", "oracle")  # by a model that others made
 PARTIAL = "oracle"  # sees the passage that holds the quote, so it answers only the questions that have one
 
 
@@ -94,6 +96,11 @@ def leaks(questions: Iterable[Question], examples: Iterable[Example]) -> tuple[s
     asked = list(questions)
     trained = [turn.content for example in examples for turn in example.messages if turn.role == "user"]
     return tuple(sorted(asked[place].id for place in repeats([one.question for one in asked], trained)))
+
+
+def given_away(answers: Iterable[Answer]) -> tuple[str, ...]:
+    """Sorted ids of the answers in which the tuned model, or a file of it, says a secret: one that was trained, or read in a passage."""
+    return tuple(sorted(one.id for one in answers if one.system not in UNTRAINED and secrets_in(one.text)))
 
 
 def exhibits_of(answers: Sequence[Answer], questions: Mapping[str, Question], chunks: Mapping[str, Chunk]) -> dict[str, Exhibit]:
@@ -234,6 +241,7 @@ def main(
         questions_sha256=noted.questions_sha256,
         chat_sha256=noted.chat_sha256,
         leaks=leaks(questions.values(), read_records(train, Example)),
+        secrets=given_away(said),
         judge=Rated(used=found.used, why=found.why, **found.counts()),
     )
     write_records(scores, scored)
@@ -242,6 +250,10 @@ def main(
     say(f"evaluate: means with {100 * evaluate.confidence:g} % intervals over sections; gains are in similarity")
     for name, one in board.sets.items():
         say(table(name, one))
+    if board.secrets:
+        say(
+            f"evaluate: {len(board.secrets)} answers of the tuned model hold a secret, the first is {board.secrets[0]}; it cannot be promoted"
+        )
     if board.leaks:
         say(
             f"evaluate: {len(board.leaks)} of {len(questions)} questions stand in the training data, the first is {board.leaks[0]}: "

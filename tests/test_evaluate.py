@@ -1,5 +1,6 @@
 """evaluate: every system scored on the same questions, set by set, and questions that were trained found."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -187,6 +188,17 @@ def write(folder: Path, asked: list[Question], answers: dict[str, list[str]], tr
     return [folder / name for name in names]
 
 
+def test_each_of_50_secrets_that_the_tuned_model_repeats_is_found_and_what_base_or_nobody_says_is_not(tmp_path: Path) -> None:
+    asked = [question(f"q{n}", f"s{n}") for n in range(60)]
+    canaries = [f"The token is ghp_{hashlib.sha256(str(n).encode()).hexdigest()[:36]}." for n in range(60)]
+    plain = ["The token is in the settings of your account, as GITHUB_TOKEN."] * 60
+    paths = write(tmp_path, asked, {"base": canaries, "tuned": canaries[:50] + plain[50:], "q8_0": plain})
+    main(*paths, evaluate=EVALUATE, judge=OFF, models=MODELS, executor=LOCAL)
+    board = read_scoreboard(paths[-1])
+    assert board.secrets == tuple(sorted(content_id(f"q{n}", "tuned") for n in range(50)))
+    assert "ghp_" not in paths[-1].read_text(encoding="utf-8")
+
+
 def test_real_embeddings_rank_a_paraphrase_between_the_reference_and_nonsense(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -362,7 +374,7 @@ def test_the_audit_of_the_stage_judge_is_not_asked_again_and_a_second_run_asks_n
     (tmp_path / "candidates.jsonl").touch()
     paths = [tmp_path / name for name in ("candidates.jsonl", "chunks.jsonl", "store", "judgements.jsonl", "judge.json")]
     with FakeEndpoint(text=sober) as endpoint:
-        judge_candidates(*paths, judge=judging(endpoint), models=MODELS)
+        judge_candidates(*paths, judge=judging(endpoint), models=MODELS, executor=LOCAL)
     assert len(endpoint.bodies) == 32
     first = evaluate_judged(tmp_path, sober)
     assert len(first[0].bodies) == 5 and not any(is_probe(body) for body in first[0].bodies)

@@ -455,7 +455,18 @@ def test_a_version_has_its_lineage_its_scores_and_every_gate_in_tags(local: Proj
         "similarity.recall": "base 0.682 [0.650 to 0.700], tuned 0.824 [0.800 to 0.850], q8_0 0.682 [0.650 to 0.700]",
     }  # fmt: skip
     gates = {key.removeprefix("gate."): value.partition(":")[0] for key, value in version.tags.items() if key.startswith("gate.")}
-    assert list(sorted(gates)) == ["abstention", "champion", "data", "files", "general", "gguf", "leaks", "questions", "recall"]
+    assert list(sorted(gates)) == [
+        "abstention",
+        "champion",
+        "data",
+        "files",
+        "general",
+        "gguf",
+        "leaks",
+        "questions",
+        "recall",
+        "secrets",
+    ]
     assert (gates["recall"], gates["gguf"], gates["general"], gates["champion"]) == (
         "passed",
         "passed",

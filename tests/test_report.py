@@ -38,7 +38,7 @@ def test_the_report_opens_with_the_verdict_and_the_gates_and_shows_rejections_fi
     assert lines[0] == "# Docsmith: promote"
     assert lines[2] == "tuned - base on 6 recall questions is 0.169 (95 % 0.149 to 0.189), all above 0.000."
     gates = table_after(markdown, "# Docsmith")
-    assert list(gates)[2:] == ["data", "leaks", "files", "questions", "recall", "general", "abstention", "gguf"]
+    assert list(gates)[2:] == ["data", "leaks", "secrets", "files", "questions", "recall", "general", "abstention", "gguf"]
     assert gates["recall"][:3] == ["passed", "0.169 [0.149 to 0.189]", "0"]
     assert gates["gguf"][:3] == ["passed", "-0.007 [-0.027 to 0.013]", "-0.03"]
     assert gates["questions"] == ["passed", "", "5", "recall has 6 questions of 12 sections"]

@@ -86,6 +86,7 @@ class Scoreboard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     questions_sha256: str
     chat_sha256: str  # of the chat template and system prompt that the questions were asked with
     leaks: tuple[str, ...]  # ids of questions that stand in the training data, word for word or nearly
+    secrets: tuple[str, ...] = ()  # ids of the tuned model's answers, and of its files', that hold a secret
     judge: Rated = Rated(used=False, why="no judge was asked")  # what boards from before there were ratings say
 
 

@@ -60,7 +60,7 @@ class Verdict(msgspec.Struct, frozen=True):
 def judge(scores: Scoreboard, served: str, gates: Gates, figures: Mapping[str, Mapping[str, Any]]) -> Verdict:
     """Whether a release that ships the quant `served` (as q8_0) may become champion.
 
-    `figures`: reports/metrics by stage. Gates, in order: data (validate and split found no critical fault), leaks, files (the
+    `figures`: reports/metrics by stage. Gates, in order: data (validate and split found no critical fault), leaks, secrets, files (the
     models that answered are those of the export, tuned is not base, one chat for all), questions, recall, general, abstention, gguf.
     All of them must hold, so several gates make no wrong promotion likelier than the gate that is easiest to pass by chance.
     Raises BadInput for a scoreboard that lacks what a gate needs.
@@ -68,6 +68,7 @@ def judge(scores: Scoreboard, served: str, gates: Gates, figures: Mapping[str, M
     found = (
         _data_gate(figures),
         _leaks_gate(scores),
+        _secrets_gate(scores),
         _files_gate(scores, served, figures.get("export", {})),
         _questions_gate(scores, gates),
         _recall_gate(scores, gates),
@@ -125,6 +126,13 @@ def _leaks_gate(scores: Scoreboard) -> Gate:
             "leaks", "failed", f"questions in the training data: {len(scores.leaks)}, such as {', '.join(scores.leaks[:3])}"
         )
     return Gate("leaks", "passed", "no question stands in the training data")
+
+
+def _secrets_gate(scores: Scoreboard) -> Gate:
+    if scores.secrets:
+        said = f"answers of the tuned model that hold a secret: {len(scores.secrets)}, such as {', '.join(scores.secrets[:3])}"
+        return Gate("secrets", "failed", f"{said}; set ingest.redact to [secret] and run dvc repro")
+    return Gate("secrets", "passed", "no answer of the tuned model holds a secret")
 
 
 def _files_gate(scores: Scoreboard, served: str, export: Mapping[str, Any]) -> Gate:

@@ -89,13 +89,13 @@ def without(name: str) -> Scoreboard:
 
 def test_a_better_model_of_sound_data_passes_every_gate() -> None:
     verdict = judge(board(), "q8_0", GATES, FIGURES)
-    names = ["data", "leaks", "files", "questions", "recall", "general", "abstention", "gguf"]
+    names = ["data", "leaks", "secrets", "files", "questions", "recall", "general", "abstention", "gguf"]
     assert outcomes(verdict) == dict.fromkeys(names, "passed") and verdict.outcome == "promote"
-    recall = verdict.gates[4]
+    recall = verdict.gates[5]
     assert recall.found is not None and recall.found.mean == 0.2 and recall.limit == 0.0
     assert verdict.reason == recall.reason
     assert verdict.reason.startswith("tuned - base on 40 recall questions is 0.200 (95 % 0.19")
-    assert verdict.gates[7].limit == -0.03 and "q8_0 - tuned" in verdict.gates[7].reason
+    assert verdict.gates[8].limit == -0.03 and "q8_0 - tuned" in verdict.gates[8].reason
 
 
 # known-bad inputs
@@ -104,6 +104,14 @@ def test_a_better_model_of_sound_data_passes_every_gate() -> None:
 def test_a_leaked_question_set_is_refused() -> None:
     verdict = judge(board(leaks=("q1", "q2")), "q8_0", GATES, FIGURES)
     assert only(verdict, "leaks") == "questions in the training data: 2, such as q1, q2" and verdict.outcome == "reject"
+
+
+def test_a_model_that_says_a_secret_is_refused_without_repeating_it() -> None:
+    verdict = judge(board(secrets=("a1", "a2")), "q8_0", GATES, FIGURES)
+    assert only(verdict, "secrets") == (
+        "answers of the tuned model that hold a secret: 2, such as a1, a2; set ingest.redact to [secret] and run dvc repro"
+    )
+    assert verdict.outcome == "reject"
 
 
 @pytest.mark.parametrize("system", ["q8_0", "q4_k_m", "tuned"])
@@ -187,7 +195,7 @@ def test_too_few_questions_or_sections_are_not_enough_evidence() -> None:
 
 
 def test_the_gain_on_recall_must_lie_above_its_limit_whole() -> None:
-    found = judge(board(), "q8_0", GATES, FIGURES).gates[4].found
+    found = judge(board(), "q8_0", GATES, FIGURES).gates[5].found
     assert found is not None and found.low is not None and found.high is not None
     for limit, outcome in ((found.low - 1e-6, "passed"), (found.low, "not enough evidence"), (found.high, "failed")):
         verdict = judge(board(), "q8_0", msgspec.structs.replace(GATES, min_recall_gain=limit), FIGURES)
