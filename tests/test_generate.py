@@ -728,7 +728,9 @@ def test_an_unreachable_server_is_one_line_and_exit_code_1(files: Files, tmp_pat
     with FakeEndpoint() as fake:
         url = fake.url
     settings = msgspec.to_builtins(but(endpoints=(Endpoint(url, "fake"),)))
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"generate": settings, "models": msgspec.to_builtins(MODELS)}))
+    (tmp_path / "params.yaml").write_text(
+        yaml.safe_dump({"generate": settings, "models": msgspec.to_builtins(MODELS), "executor": msgspec.to_builtins(LOCAL)})
+    )
     paths = [files.chunks, files.curated, files.store, *files.outputs]
     ended = subprocess.run(
         [sys.executable, "-m", "stages.generate", *map(str, paths)],

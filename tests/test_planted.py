@@ -11,6 +11,7 @@ from conftest import MODELS
 
 from stages import measure, validate
 from stages.evidence import locate
+from stages.executor import LOCAL
 from stages.params import read_section
 from stages.records import (
     Candidate,
@@ -126,6 +127,7 @@ def outcome_in(folder: Path) -> Outcome:
         folder / "measure.json",
         measure=read_section("measure", measure.Params, PARAMS),
         models=MODELS,
+        executor=LOCAL,
     )
     validate.main(
         paths["candidates"],

@@ -95,9 +95,18 @@ class Worker:
 
 
 def attempt(
-    units: Mapping[str, bytes], make: Callable[..., Work], arguments: tuple[Any, ...], workers: int, at_once: int, has_model: bool
+    units: Mapping[str, bytes],
+    make: Callable[..., Work],
+    arguments: tuple[Any, ...],
+    workers: int,
+    at_once: int,
+    waiting: int,
+    has_model: bool,
 ) -> Iterator[Done]:
-    """Those of `units` that came to an end; one whose worker ended is left out. Raises the DocsmithError of a worker."""
+    """Those of `units` that came to an end; one whose worker ended is left out. Raises the DocsmithError of a worker.
+
+    A worker does `at_once` units at a time, and has `waiting` more at hand.
+    """
     import ray.data
 
     settings = ray.data.DataContext.get_current()
@@ -114,7 +123,7 @@ def attempt(
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
             size=min(workers, len(rows)),
-            max_tasks_in_flight_per_actor=at_once + 1,  # one waits at the worker
+            max_tasks_in_flight_per_actor=at_once + waiting,
             max_concurrent_calls_per_actor=at_once,
             enable_true_multi_threading=True,
         ),

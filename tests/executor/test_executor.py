@@ -209,7 +209,7 @@ def test_a_server_that_stops_answering_ends_the_run_with_the_node_s_name_and_kee
 
 
 def in_a_driver(cluster: RayCluster, program: str, folder: Path) -> Any:
-    """What `program`, run as a process that uses the cluster, prints last, as JSON."""
+    """What `program`, run as a process that uses the cluster, prints behind `found: `, as JSON."""
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=folder,
@@ -218,8 +218,9 @@ def in_a_driver(cluster: RayCluster, program: str, folder: Path) -> Any:
         text=True,
         timeout=240,
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    found = [line for line in done.stdout.splitlines() if line.startswith("found: ")]  # Ray says things there as well
+    assert done.returncode == 0 and len(found) == 1, done.stdout + done.stderr
+    return json.loads(found[0].removeprefix("found: "))
 
 
 HEAD = """
@@ -249,7 +250,7 @@ def make():
     return work
 units = {name: name.encode() for name in ["poison", "faulty", *(f"u{n}" for n in range(12))]}
 found = list(done_on_ray(ray, units, make, (), at_once=4, has_model=False))
-print(json.dumps([[one.name, one.result.decode(), one.failed] for one in found]))
+print("found:", json.dumps([[one.name, one.result.decode(), one.failed] for one in found]))
 """
     )
     found = in_a_driver(cluster, program, tmp_path)
@@ -284,7 +285,7 @@ for where in (LOCAL, ray):
     kept = {{}}
     write_with_transformers(folder, sha256_of(folder), load_tokenizer(folder), 60, where, "base", requests, kept.__setitem__)
     answers.append([kept[name].text for name in requests])
-print(json.dumps([here.shape[0], bool((here == there).all()), len(set(answers[0])), answers[0] == answers[1]]))
+print("found:", json.dumps([here.shape[0], bool((here == there).all()), len(set(answers[0])), answers[0] == answers[1]]))
 """
     )
     rows, are_equal, different, same_answers = in_a_driver(cluster, program, tmp_path)
@@ -307,7 +308,7 @@ for make, given in [(embedder_of, ({MODELS.embedder!r}, "0" * 64)), (Caller, (so
         list(done_on_ray(ray, {{"a": b"[]"}}, make, given, at_once=1, has_model=True))
     except BadModelFile as error:
         said.append(str(error))
-print(json.dumps(said))
+print("found:", json.dumps(said))
 """
     )
     said = in_a_driver(cluster, program, tmp_path)
@@ -328,7 +329,7 @@ requests = [Request(source.model(), (("user", text),), 0.0, 8, 0) for text in ("
 ray = msgspec.structs.replace(ray, workers=1)
 with contextlib.closing(Store(Path("store"), "s")) as store, contextlib.ExitStack() as servers:
     replies, tally = asking(source, ray, store, servers)({{request_key(one): one for one in requests}}, label="test")
-print(json.dumps([tally.answered, tally.failed, [reply.text for reply in replies.values()]]))
+print("found:", json.dumps([tally.answered, tally.failed, [reply.text for reply in replies.values()]]))
 """
     )
     answered, failed, texts = in_a_driver(cluster, program, tmp_path)

@@ -37,7 +37,7 @@ from stages.serving.limits import Connection
 from stages.serving.remote import distance
 from stages.serving.settings import Serve
 
-TALKS = msgspec.structs.replace(CHAT, max_new_tokens=150)
+TALKS = msgspec.structs.replace(CHAT, max_new_tokens=300)
 TWO = msgspec.structs.replace(SERVE, replicas=2, parallel=2, max_waiting=12)
 NOWHERE = Tracking(uri="sqlite:///none.db", experiment="none", model_name="docsmith")
 GGUF = gguf_name("f16")
