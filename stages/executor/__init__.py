@@ -56,8 +56,9 @@ def done_on_ray(
     left = dict(units)
     reasons: dict[str, str] = {}
     for number in range(executor.attempts):
-        # a worker has one unit and no other from the second attempt on: one that ends its worker must not take others down with it again
-        together = (at_once, 1) if number == 0 else (1, 0)
+        # some wait at each worker, since Ray Data looks only ten times a second for units that are done. From the second attempt on, a
+        # worker has one unit and no other: one that ends its worker must not take others down with it again
+        together = (at_once, 4 + at_once // 4) if number == 0 else (1, 0)
         for done in attempt(left, make, arguments, executor.workers, *together, has_model):
             if done.failed:
                 reasons[done.name] = done.failed
