@@ -3,6 +3,7 @@
 DVC stays the record and Ray Data the scheduler: a stage hands over its units and waits. Any engine gives the same results.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ class Executor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engine: Literal["local", "ray"]
     address: Annotated[str, msgspec.Meta(pattern=r"^$|^auto$|^(\[[\da-f:]+\]|[\w.-]+):\d{1,5}$")]  # of the head of the cluster
     workers: Positive
-    attempts: Positive  # at a unit that fails, or ends the worker that does it
+    attempts: Positive  # at a unit that fails; one more where it ends its worker and others were at work
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -32,6 +33,7 @@ class Done(msgspec.Struct, frozen=True):
     failed: str = ""
 
 
+WORKER_ENDED = "the worker that did it ended: killed, out of memory, or its node is gone"
 LOCAL = Executor(engine="local", address="", workers=1, attempts=1)
 
 
@@ -54,19 +56,21 @@ def done_on_ray(
 
     connect(executor)
     left = dict(units)
-    reasons: dict[str, str] = {}
-    for number in range(executor.attempts):
-        # some wait at each worker, since Ray Data looks only ten times a second for units that are done. From the second attempt on, a
-        # worker has one unit and no other: one that ends its worker must not take others down with it again
-        together = (at_once, 4 + at_once // 4) if number == 0 else (1, 0)
+    tries: Counter[str] = Counter()
+    # some wait at each worker, since Ray Data looks only ten times a second for units that are done
+    together = (at_once, 4 + at_once // 4)
+    while left:
+        failed, before = {}, len(left)
         for done in attempt(left, make, arguments, executor.workers, *together, has_model):
             if done.failed:
-                reasons[done.name] = done.failed
+                failed[done.name] = done.failed
             else:
                 del left[done.name]
                 yield done
-        if not left:
-            return
-    for name in left:
-        reason = reasons.get(name, "the worker that did it ended: killed, out of memory, or its node is gone")
-        yield Done(name, failed=f"failed {executor.attempts} times on the cluster ({reason})")
+        tries.update(left.keys())
+        # whether a unit ended its worker or was only sent to one that had ended cannot be told, unless none is left that does not
+        given_up = failed if len(left) < before else left
+        for name in [name for name in left if name in given_up and tries[name] >= executor.attempts]:
+            del left[name]
+            yield Done(name, failed=f"failed {tries[name]} times on the cluster ({failed.get(name, WORKER_ENDED)})")
+        together = (1, 0)  # one that ends its worker must not take others down with it again

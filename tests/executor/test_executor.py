@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -257,11 +258,11 @@ print("found:", json.dumps([[one.name, one.result.decode(), one.failed] for one 
     ended = {name: (result, failed) for name, result, failed in found}
     assert len(found) == len(ended) == 14
     assert ended.pop("faulty") == ("", "failed 2 times on the cluster (ValueError: cannot be done)")
-    assert ended.pop("poison")[1] == (
-        "failed 2 times on the cluster (the worker that did it ended: killed, out of memory, or its node is gone)"
-    )
+    said = re.fullmatch(r"failed (\d) times on the cluster \((.+)\)", ended.pop("poison")[1])
+    assert said and int(said[1]) >= 2
+    assert said[2] == "the worker that did it ended: killed, out of memory, or its node is gone"
     assert ended == {f"u{n}": (f"u{n}"[::-1], "") for n in range(12)}
-    assert (tmp_path / "done-poison").read_text() == "xx"
+    assert 2 <= len((tmp_path / "done-poison").read_text()) <= int(said[1])
 
 
 def test_embeddings_and_greedy_answers_have_the_same_bits_on_the_cluster(
