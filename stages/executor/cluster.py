@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -40,8 +41,10 @@ def connect(executor: Executor) -> None:
             if address != "auto":
                 host, _, port = address.rpartition(":")
                 socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()  # Ray itself tries for longer
+            on_sigterm = signal.getsignal(signal.SIGTERM)
             with _stderr_in(log):
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=code)
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints a trace and exits with 15
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:  # a ConnectionError is an OSError
             log.seek(0)
             if b"AuthToken" in log.read() or isinstance(error, ray.exceptions.AuthenticationError):

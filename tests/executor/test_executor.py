@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -151,6 +152,31 @@ def test_a_driver_that_is_killed_asks_for_the_rest_when_it_is_started_again(
         project.run(cluster.environment)
     assert project.outputs() == local
     assert len(fake.bodies) - CHUNKS <= 6, "only what was at work or on its way to the store is asked twice"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_ends_as_a_local_one_does_and_its_workers_with_it(
+    number: signal.Signals, code: int, cluster: RayCluster, tmp_path: Path
+) -> None:
+    project = Project(tmp_path / "project")
+    with FakeEndpoint(text=chosen, latency_s=SLOW_S) as fake:
+        project.set(fake.url, RAY | {"workers": 1})
+        child = project.start(cluster.environment)
+        wait_for(lambda: len(fake.bodies) >= 3, child)
+        child.send_signal(number)
+        _, err = child.communicate(timeout=60)
+        assert child.returncode == code
+        assert err == ("generate: interrupted; finished work is kept. Resume with: dvc repro\n" if code == 130 else "")
+        time.sleep(1)
+        asked = len(fake.bodies)
+        time.sleep(1)
+        assert len(fake.bodies) == asked < CHUNKS
+    assert sorted(path.name for path in (project.folder / "data").iterdir()) == [
+        "chunks.jsonl",
+        "curated.jsonl",
+        "review.jsonl",
+        "store",
+    ]
 
 
 def test_a_node_that_is_removed_in_the_middle_costs_the_calls_that_were_at_work_there(local: list[bytes], tmp_path: Path) -> None:
