@@ -1,8 +1,9 @@
 """data/exam.jsonl + data/chunks.jsonl + data/answers/<system>.jsonl -> data/scores.jsonl + reports/metrics/evaluate.json
 
 Scores every system on the same questions, set by set, with bootstrap intervals over sections and paired comparisons with base and
-tuned, and looks for the questions in data/train.jsonl and for secrets in the answers. 1,000 answers take under a minute on two shared cores. No language model is
-called unless judge.enabled is true: then the judge of the stage `judge` rates each answer to a question with a passage, a call each.
+tuned, and looks for the questions in data/train.jsonl and for secrets in the answers. 1,000 answers take under a minute on two shared
+cores. No language model is called unless judge.enabled is true: then the judge of the stage `judge` rates each answer to a question
+with a passage, a call each.
 """
 
 from collections import defaultdict

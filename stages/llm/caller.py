@@ -13,9 +13,8 @@ from stages.llm.source import Source, serve_model
 from stages.llm.store import Reply, Request
 from stages.models import check_model, model_sha256
 
-Unit = list[
-    tuple[str, Request, str]
-]  # the requests of one group: key, request without its schema, and that, which JSON cannot nest
+# the requests of one group: key, request without its schema, and the schema, which a Request read from JSON cannot hold
+Unit = list[tuple[str, Request, str]]
 Replies = list[tuple[str, Reply]]
 
 

@@ -16,9 +16,8 @@ LOST_IN_A_ROW = 32  # calls, at least; then the servers are taken for broken
 SERVER_FAULTS = ("timed out", "unreachable", "status 5")
 
 Keep = Callable[[str, Reply], None]
-Elsewhere = Callable[
-    [Mapping[str, Request], Mapping[str, str], Keep], None
-]  # asks requests with their groups, and keeps each reply
+# asks requests with their groups, and keeps each reply
+Elsewhere = Callable[[Mapping[str, Request], Mapping[str, str], Keep], None]
 
 
 class Tally(msgspec.Struct, frozen=True):

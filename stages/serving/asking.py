@@ -105,10 +105,8 @@ async def pieces(served: Served, body: dict[str, Any]) -> AsyncGenerator[tuple[b
             for line in lines:
                 if line == b"data: [DONE]":
                     return
-                if line.startswith(
-                    b":"
-                ):  # a comment, which llama.cpp sends in silences of half a minute to notice who has hung up
-                    continue
+                if line.startswith(b":"):
+                    continue  # a comment, which llama.cpp sends in silences of half a minute to notice who has hung up
                 event = EVENT.decode(line.removeprefix(b"data: ").removeprefix(b"error: "))
                 if event.error is not None or line.startswith(b"error: "):
                     raise Refused(503, "The model failed while it answered; ask again", RETRY_AFTER_S, "engine_failed")

@@ -7,9 +7,8 @@ import msgspec
 from stages.params import Count, Positive, Share
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-Address = Annotated[
-    str, msgspec.Meta(pattern=r"^http://(\[[\da-f:]+\]|[\w.-]+)(:\d{1,5})?/v1$")
-]  # no https: the way there is not encrypted
+# no https: the way there is not encrypted
+Address = Annotated[str, msgspec.Meta(pattern=r"^http://(\[[\da-f:]+\]|[\w.-]+)(:\d{1,5})?/v1$")]
 
 
 class Serve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -363,7 +363,7 @@ print("found:", json.dumps([tally.answered, tally.failed, [reply.text for reply 
     assert (answered, failed) == (2, 0) and all(texts)
 
 
-def test_a_call_that_is_lost_with_its_worker_is_a_failure_with_a_reason(cluster: RayCluster, tmp_path: Path) -> None:
+def test_a_call_that_the_server_refuses_is_a_failure_on_the_cluster_as_well(cluster: RayCluster, tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
     with FakeEndpoint(text=chosen, turn=lambda prompt, call: "400" if "machine 7 " in prompt else "ok") as fake:
         project.set(fake.url, RAY | {"workers": 2})
