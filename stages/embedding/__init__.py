@@ -29,7 +29,8 @@ def embedding(reference: str, executor: Executor = LOCAL) -> Embed:
 
     def embed(texts: Sequence[str]) -> Any:
         new = sorted(set(texts) - known.keys())
-        units = {str(first): msgspec.json.encode(new[first : first + UNIT]) for first in range(0, len(new), UNIT)}
+        parts = [new[first : first + UNIT] for first in range(0, len(new), UNIT)]
+        units = {str(place): msgspec.json.encode(part) for place, part in enumerate(parts)}
         if executor.engine == "ray" and len(units) > 1:
             given = (reference, model_sha256(reference))
             found = {}
@@ -39,10 +40,9 @@ def embedding(reference: str, executor: Executor = LOCAL) -> Embed:
                 found[done.name] = done.result
         else:
             found = {name: local()(unit) for name, unit in units.items()}
-        for first in range(0, len(new), UNIT):
-            some = new[first : first + UNIT]
-            vectors = np.frombuffer(found[str(first)], dtype=np.float32).reshape(len(some), -1)
-            known.update(zip(some, vectors, strict=True))
+        for place, part in enumerate(parts):
+            vectors = np.frombuffer(found[str(place)], dtype=np.float32).reshape(len(part), -1)
+            known.update(zip(part, vectors, strict=True))
         return np.array([known[text] for text in texts])
 
     return embed
