@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
+import psutil
 import pytest
 from conftest import PARAMS, Exported
 
@@ -70,8 +71,8 @@ def refusal(project: Path) -> str:
 
 
 def engines_of(pid: int) -> list[int]:
-    """The children of the process `pid`, whichever of its threads started them."""
-    return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
+    """The children of the process `pid`."""
+    return [child.pid for child in psutil.Process(pid).children()]
 
 
 def test_a_question_is_answered_and_asked_again_it_is_answered_the_same(address: str) -> None:

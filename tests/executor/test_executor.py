@@ -16,7 +16,7 @@ import msgspec
 import pytest
 import yaml
 from conftest import MODELS
-from fake_endpoint import FakeEndpoint, chosen
+from fake_endpoint import FakeEndpoint, Turn, chosen
 from ray_cluster import RayCluster, ray_cluster
 
 from stages.executor import Executor
@@ -126,13 +126,19 @@ def wait_for(is_true: Callable[[], bool], child: subprocess.Popen[str]) -> None:
 def test_any_number_of_workers_writes_the_bytes_of_a_local_run_and_makes_its_calls(
     workers: int, cluster: RayCluster, local: list[bytes], tmp_path: Path
 ) -> None:
+    def once_all_are_at_work(prompt: str, call: int) -> Turn:
+        deadline = time.monotonic() + 20
+        while fake.most_at_once < workers and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return "ok"
+
     project = Project(tmp_path / "project")
-    with FakeEndpoint(text=chosen, latency_s=0.05) as fake:
+    with FakeEndpoint(text=chosen, turn=once_all_are_at_work) as fake:
         project.set(fake.url, RAY | {"workers": workers})
         said = project.run(cluster.environment)
     assert project.outputs() == local
     assert set(fake.calls.values()) == {1} and len(fake.calls) == CHUNKS
-    assert workers - 1 <= fake.most_at_once <= workers
+    assert fake.most_at_once == workers
     assert f"{CHUNKS} calls (0 reused, {CHUNKS} generated" in said
 
 
@@ -164,7 +170,7 @@ def test_a_run_that_is_stopped_ends_as_a_local_one_does_and_its_workers_with_it(
         child = project.start(cluster.environment)
         wait_for(lambda: len(fake.bodies) >= 3, child)
         child.send_signal(number)
-        _, err = child.communicate(timeout=60)
+        _, err = child.communicate(timeout=240)
         assert child.returncode == code
         assert err == ("generate: interrupted; finished work is kept. Resume with: dvc repro\n" if code == 130 else "")
         time.sleep(1)
@@ -213,12 +219,10 @@ def test_all_ends_in_one_line_where_the_cluster_cannot_be_used(cluster: RayClust
             "It asks for another token; name the file that holds it in RAY_AUTH_TOKEN_PATH",
         ),
     ]:
-        began = time.monotonic()
         child = project.start(environment)
-        _, err = child.communicate(timeout=60)
+        _, err = child.communicate(timeout=240)
         assert child.returncode == 1 and len(err.splitlines()) == 1, err
         assert err.startswith(f"generate: {start}") and err.endswith(f"{end}\n")
-        assert time.monotonic() - began < 45
 
 
 def test_a_server_that_stops_answering_ends_the_run_with_the_node_s_name_and_keeps_what_came(

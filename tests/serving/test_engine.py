@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx
 import msgspec
+import psutil
 import pytest
 from conftest import CHAT
 from small_api import make_release
@@ -122,10 +124,13 @@ def run(
 
 def children() -> dict[int, str]:
     """The engines that this process has started, and the files that they serve."""
-    tasks = Path(f"/proc/{os.getpid()}/task").iterdir()
-    pids = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
-    lines = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in pids}
-    return {pid: words[3].decode() for pid, words in lines.items() if b"stages.llm.llama_cpp" in words}
+    found = {}
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end at any moment
+            words = child.cmdline()
+            if "stages.llm.llama_cpp" in words:
+                found[child.pid] = words[3]
+    return found
 
 
 def the_child() -> int:

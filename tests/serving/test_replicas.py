@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import msgspec
+import psutil
 import pytest
 import uvicorn
 from small_api import CHAT, SERVE, Sources, make_release
@@ -76,9 +77,12 @@ def on(release: Path | str, **changed: Any) -> Serve:
 
 def children(module: str) -> list[int]:
     """The processes that this one has started to run `module`."""
-    tasks = Path(f"/proc/{os.getpid()}/task").iterdir()
-    pids = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
-    return [pid for pid in pids if module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end at any moment
+            if module in child.cmdline():
+                found.append(child.pid)
+    return found
 
 
 def replicas() -> list[int]:
