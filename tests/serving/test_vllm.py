@@ -64,6 +64,13 @@ def chat(address: str, **fields: Any) -> httpx.Response:
     return httpx.post(f"{address}/chat", json={"question": SKY} | fields, timeout=120)
 
 
+def wait_until_ready_says(status: int, address: str) -> None:
+    deadline = time.monotonic() + 200
+    while httpx.get(f"{address}/ready").status_code != status:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_the_adapter_answers_by_every_route_and_does_not_say_what_its_base_says(
     served: tuple["subprocess.Popen[str]", str], project: Path, base_folder: Path
 ) -> None:
@@ -107,10 +114,10 @@ def test_vllm_that_is_killed_is_503_and_answers_again(served: tuple["subprocess.
     parts = [killed, *killed.children(recursive=True)]
     os.kill(killed.pid, signal.SIGKILL)
     psutil.wait_procs([killed], timeout=10)
+    assert chat(address).status_code == 503  # whether the server has noticed yet or not
+    wait_until_ready_says(503, address)
     down = chat(address)
     assert (down.status_code, int(down.headers["retry-after"]) > 1) == (503, True)
-    deadline = time.monotonic() + 200
-    while httpx.get(f"{address}/ready").status_code == 503 and time.monotonic() < deadline:
-        time.sleep(0.5)
+    wait_until_ready_says(200, address)
     assert chat(address).json()["answer"] == answer
     assert not [part for part in parts if part.is_running()]
