@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import uvicorn
 from starlette.types import ASGIApp
@@ -156,3 +157,13 @@ def nowhere() -> Engine:
     """An engine whose address nobody listens at."""
     release = Release("", "", "", "", CHAT.system_prompt, ("<|im_end|>",), ("f16",), "f16", 512, 16)
     return Engine(Served(Endpoint(url="http://127.0.0.1:9/v1", model="none"), release, Path(), "docsmith/1"))
+
+
+def children(module: str) -> dict[int, list[str]]:
+    """The processes that this one has started to run `module`, with their command lines."""
+    found = {}
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end at any moment
+            if module in (words := child.cmdline()):
+                found[child.pid] = words
+    return found

@@ -1,5 +1,4 @@
 import asyncio
-import contextlib
 import os
 import shutil
 import signal
@@ -12,10 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx
 import msgspec
-import psutil
 import pytest
 from conftest import CHAT
-from small_api import make_release
+from small_api import children, make_release
 
 from stages.files import sha256_of, sha256_of_file
 from stages.params import Chat, Tracking
@@ -122,19 +120,13 @@ def run(
     asyncio.run(whole())
 
 
-def children() -> dict[int, str]:
+def engines() -> dict[int, str]:
     """The engines that this process has started, and the files that they serve."""
-    found = {}
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):  # it may end at any moment
-            words = child.cmdline()
-            if "stages.llm.llama_cpp" in words:
-                found[child.pid] = words[3]
-    return found
+    return {pid: words[3] for pid, words in children("stages.llm.llama_cpp").items()}
 
 
 def the_child() -> int:
-    (pid,) = children()
+    (pid,) = engines()
     return pid
 
 
@@ -186,7 +178,7 @@ def test_a_folder_is_served_under_the_hash_of_its_checksums(release: Path) -> No
         assert (props["total_slots"], props["default_generation_settings"]["n_ctx"]) == (2, CHAT.context_tokens)
 
     run(release, scenario)
-    assert children() == {}
+    assert engines() == {}
 
 
 def test_a_folder_that_fails_a_check_is_refused_and_nothing_stays_behind(release: Path, tmp_path: Path) -> None:
@@ -203,7 +195,7 @@ def test_a_folder_that_fails_a_check_is_refused_and_nothing_stays_behind(release
     sings = msgspec.structs.replace(CHAT, system_prompt="Sing.")
     with pytest.raises(BadParams, match="chat.system_prompt is not the one"):
         run(release, ask, chat=sings)
-    assert children() == {}
+    assert engines() == {}
 
 
 def flip_a_bit(path: Path) -> None:
@@ -284,7 +276,7 @@ def test_an_engine_that_dies_again_and_again_is_left_down_for_longer_each_time_u
         with pytest.raises(EngineDown) as down:
             await ask(engine)
         assert 95 < down.value.retry_after_s < 120
-        assert children() == {}
+        assert engines() == {}
         registry.promote(second)
         await until(lambda: engine.ready, 60)
         assert await ask(engine) == f"docsmith/{second}"
@@ -347,7 +339,7 @@ def test_promotions_and_rollbacks_during_traffic_fail_no_request(
             assert seen[-1] == names[turn]
         over = True
         await asyncio.gather(*clients)
-        await until(lambda: len(children()) == 1, 20)
+        await until(lambda: len(engines()) == 1, 20)
         changes = [now for before, now in zip(seen, seen[1:], strict=False) if before != now]
         assert set(changes) == set(names) and engine.restarts == 0
 
@@ -368,8 +360,8 @@ def test_an_answer_that_has_begun_is_finished_by_the_version_that_began_it(
             registry.promote(second)
             await until(lambda: engine.served.version == f"docsmith/{second}", 60)
             assert await stream(old, asyncio.Event()) > 300
-            assert len(children()) == 2
-        await until(lambda: len(children()) == 1, 20)
+            assert len(engines()) == 2
+        await until(lambda: len(engines()) == 1, 20)
 
     run("models:/docsmith@champion", scenario, registry.tracking)
 
@@ -414,7 +406,7 @@ def test_a_version_that_fails_a_check_or_its_first_answer_is_not_taken_and_not_t
         assert engine.restarts == 0
 
     run("models:/docsmith@champion", scenario, registry.tracking)
-    assert children() == {}
+    assert engines() == {}
 
 
 def test_a_version_by_its_number_stays_whatever_becomes_champion(release: Path, tmp_path: Path, registry: Registry) -> None:

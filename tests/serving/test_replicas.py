@@ -12,10 +12,9 @@ from urllib.parse import urlsplit
 
 import httpx
 import msgspec
-import psutil
 import pytest
 import uvicorn
-from small_api import CHAT, SERVE, Sources, make_release
+from small_api import CHAT, SERVE, Sources, children, make_release
 
 from stages.llm import llama_cpp
 from stages.llm.llama_cpp import llama_server
@@ -68,25 +67,15 @@ def run(serve: Serve, scenario: Callable[[Engine], Awaitable[object]], tracking:
             await scenario(engine)
 
     asyncio.run(whole_life())
-    assert children("stages.llm.llama_cpp") == children("vllm::router") == []
+    assert children("stages.llm.llama_cpp") == children("vllm::router") == {}
 
 
 def on(release: Path | str, **changed: Any) -> Serve:
     return msgspec.structs.replace(TWO, model=str(release), **changed)
 
 
-def children(module: str) -> list[int]:
-    """The processes that this one has started to run `module`."""
-    found = []
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):  # it may end at any moment
-            if module in child.cmdline():
-                found.append(child.pid)
-    return found
-
-
 def replicas() -> list[int]:
-    return children("stages.llm.llama_cpp")
+    return list(children("stages.llm.llama_cpp"))
 
 
 def worked_s(pid: int) -> float:
