@@ -22,7 +22,7 @@ class Executor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engine: Literal["local", "ray"]
     address: Annotated[str, msgspec.Meta(pattern=r"^$|^auto$|^(\[[\da-f:]+\]|[\w.-]+):\d{1,5}$")]  # of the head of the cluster
     workers: Positive
-    attempts: Positive  # at a unit that fails; one more where it ends its worker and others were at work
+    attempts: Positive  # at a unit that fails; a few more where it ends its worker and others were at work
 
 
 class Done(msgspec.Struct, frozen=True):
