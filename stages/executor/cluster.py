@@ -38,21 +38,38 @@ def connect(executor: Executor) -> None:
     code = {"py_modules": [str(Path(stages.__file__).parent)], "excludes": ["**/__pycache__"]}
     with tempfile.TemporaryFile() as log:
         try:
-            if address != "auto":
-                host, _, port = address.rpartition(":")
-                socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()  # Ray itself tries for longer
             on_sigterm = signal.getsignal(signal.SIGTERM)
             with _stderr_in(log):
+                if address != "auto":
+                    _check_head(address)
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=code)
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints a trace and exits with 15
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:  # a ConnectionError is an OSError
             log.seek(0)
             if b"AuthToken" in log.read() or isinstance(error, ray.exceptions.AuthenticationError):
-                advice = "It asks for another token; name the file that holds it in RAY_AUTH_TOKEN_PATH"
+                reason, advice = "it asks for another token", "Name the file that holds it in RAY_AUTH_TOKEN_PATH"
             else:
-                advice = "Start one with ray start, or set executor.engine to local"
-            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+                reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+                advice = "Start one with ray start, set executor.address to its head, or executor.engine to local"
             raise ServerFailed(f"the Ray cluster at {address} cannot be used ({reason}). {advice}") from None
+
+
+def _check_head(address: str) -> None:
+    """Asks for the cluster's id, as Ray does first; but where something else listens, Ray waits for minutes.
+
+    Raises ConnectionError, and ray's AuthenticationError where the token is missing or another one.
+    """
+    import grpc
+    import ray
+    from ray._private.grpc_utils import init_grpc_channel  # adds the token, and TLS where RAY_USE_TLS asks for it
+
+    with init_grpc_channel(address) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=CONNECT_S)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                raise ray.exceptions.AuthenticationError(error.details()) from None
+            raise ConnectionError("no head of a Ray cluster answers there") from None
 
 
 @contextlib.contextmanager

@@ -206,25 +206,32 @@ def test_all_ends_in_one_line_where_the_cluster_cannot_be_used(cluster: RayClust
     with socket.create_server(("127.0.0.1", 0)) as free:
         nobody = f"127.0.0.1:{free.getsockname()[1]}"
     project.set("http://127.0.0.1:9/v1", RAY)
-    for environment, start, end in [
-        ({"RAY_ADDRESS": ""}, "params.yaml: executor.engine is ray; set executor.address or RAY_ADDRESS", "host:port"),
-        (
-            cluster.environment | {"RAY_ADDRESS": nobody},
-            f"the Ray cluster at {nobody} cannot be used ([Errno 111] Connection refused)",
-            "Start one with ray start, or set executor.engine to local",
-        ),
-        (
-            cluster.environment | {"RAY_AUTH_TOKEN_PATH": str(wrong)},
-            f"the Ray cluster at {cluster.environment['RAY_ADDRESS']} cannot be used (",
-            "It asks for another token; name the file that holds it in RAY_AUTH_TOKEN_PATH",
-        ),
-    ]:
-        began = time.monotonic()
-        child = project.start(environment)
-        _, err = child.communicate(timeout=60)
-        assert child.returncode == 1 and len(err.splitlines()) == 1, err
-        assert err.startswith(f"generate: {start}") and err.endswith(f"{end}\n")
-        assert time.monotonic() - began < 45
+    head = cluster.environment["RAY_ADDRESS"]
+    elsewhere = "Start one with ray start, set executor.address to its head, or executor.engine to local"
+    with FakeEndpoint(text=chosen) as fake, socket.create_server(("127.0.0.1", 0)) as silent:
+        no_ray, dumb = fake.url.split("/")[2], f"127.0.0.1:{silent.getsockname()[1]}"
+        for environment, start, end in [
+            ({"RAY_ADDRESS": ""}, "params.yaml: executor.engine is ray; set executor.address or RAY_ADDRESS", "host:port"),
+            *(
+                (
+                    cluster.environment | {"RAY_ADDRESS": address},
+                    f"the Ray cluster at {address} cannot be used (no head of a Ray cluster answers there). ",
+                    elsewhere,
+                )
+                for address in (nobody, no_ray, dumb, "no-such-host.invalid:6379")
+            ),
+            (
+                cluster.environment | {"RAY_AUTH_TOKEN_PATH": str(wrong)},
+                f"the Ray cluster at {head} cannot be used (it asks for another token). ",
+                "Name the file that holds it in RAY_AUTH_TOKEN_PATH",
+            ),
+        ]:
+            began = time.monotonic()
+            child = project.start(environment)
+            _, err = child.communicate(timeout=60)
+            assert child.returncode == 1 and len(err.splitlines()) == 1, err
+            assert err.startswith(f"generate: {start}") and err.endswith(f"{end}\n")
+            assert time.monotonic() - began < 45
 
 
 def test_a_server_that_stops_answering_ends_the_run_with_the_node_s_name_and_keeps_what_came(
@@ -256,7 +263,7 @@ def in_a_driver(cluster: RayCluster, program: str, folder: Path) -> Any:
     return json.loads(found[0].removeprefix("found: "))
 
 
-HEAD = """
+DRIVER = """
 import json, os, signal, time
 import msgspec
 from stages.executor import LOCAL, Executor, done_on_ray
@@ -268,7 +275,7 @@ def test_a_unit_that_ends_its_worker_fails_after_its_attempts_and_takes_no_other
     cluster: RayCluster, tmp_path: Path
 ) -> None:
     program = (
-        HEAD
+        DRIVER
         + """
 def make():
     def work(unit):
@@ -301,7 +308,7 @@ def test_embeddings_and_greedy_answers_have_the_same_bits_on_the_cluster(
     cluster: RayCluster, base_folder: Path, tmp_path: Path
 ) -> None:
     program = (
-        HEAD
+        DRIVER
         + f"""
 from pathlib import Path
 from stages.answer import write_with_transformers
@@ -327,7 +334,7 @@ print("found:", json.dumps([here.shape[0], bool((here == there).all()), len(set(
 
 def test_a_worker_with_another_model_is_refused(cluster: RayCluster, tiny_folder: Path, tmp_path: Path) -> None:
     program = (
-        HEAD
+        DRIVER
         + f"""
 from stages.embedding import embedder_of
 from stages.llm.caller import Caller
@@ -352,7 +359,7 @@ print("found:", json.dumps(said))
 
 def test_a_worker_starts_a_server_of_its_own_where_no_endpoint_is_given(cluster: RayCluster, tmp_path: Path) -> None:
     program = (
-        HEAD
+        DRIVER
         + f"""
 import contextlib
 from pathlib import Path
