@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from stages.params import Positive
+from stages.program.errors import ServerFailed
 
 __all__ = ["LOCAL", "Done", "Executor", "Work", "done_on_ray"]
 
@@ -50,9 +51,9 @@ def done_on_ray(
 
     A worker makes its `Work` by `make(*arguments)`, once, and does `at_once` units at a time; one that runs a model takes a GPU where
     the cluster has one. A node that is lost costs the units that were at work there, which are done again by others, one at a time.
-    Raises the DocsmithError of a worker, with its node's name, ServerFailed where no cluster answers, and BadParams.
+    Raises the DocsmithError of a worker, with its node's name, ServerFailed where no cluster answers or keeps a worker, and BadParams.
     """
-    from stages.executor.cluster import attempt, connect
+    from stages.executor.cluster import WorkersLost, attempt, connect
 
     connect(executor)
     left = dict(units)
@@ -61,12 +62,20 @@ def done_on_ray(
     together = (at_once, 4 + at_once // 4)
     while left:
         failed, before = {}, len(left)
-        for done in attempt(left, make, arguments, executor.workers, *together, has_model):
-            if done.failed:
-                failed[done.name] = done.failed
-            else:
-                del left[done.name]
-                yield done
+        try:
+            for done in attempt(left, make, arguments, executor, *together, has_model):
+                if done.failed:
+                    failed[done.name] = done.failed
+                else:
+                    del left[done.name]
+                    yield done
+        except WorkersLost as lost:
+            if len(left) == before:
+                raise ServerFailed(
+                    f"the Ray cluster lost its workers before they had done anything ({lost}). "
+                    "Look in Ray's logs whether their nodes have the memory; what came before is kept. Resume with: dvc repro"
+                ) from None
+            continue
         tries.update(left.keys())
         # whether a unit ended its worker or was only sent to one that had ended cannot be told, unless none is left that does not
         given_up = failed if len(left) < before else left

@@ -20,6 +20,10 @@ from stages.program.errors import BadParams, DocsmithError, ServerFailed
 CONNECT_S = 5
 
 
+class WorkersLost(Exception):
+    """An attempt ended early: a result was lost with its node, or workers ended again and again while they started."""
+
+
 def connect(executor: Executor) -> None:
     """Connects this process to the cluster, whose workers then run the code of this process. Once is enough."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # a cluster that anybody may use runs anybody's code
@@ -118,20 +122,22 @@ def attempt(
     units: Mapping[str, bytes],
     make: Callable[..., Work],
     arguments: tuple[Any, ...],
-    workers: int,
+    executor: Executor,
     at_once: int,
     waiting: int,
     has_model: bool,
 ) -> Iterator[Done]:
-    """Those of `units` that came to an end; one whose worker ended is left out. Raises the DocsmithError of a worker.
+    """Those of `units` that came to an end; one whose worker ended is left out.
 
-    A worker does `at_once` units at a time, and has `waiting` more at hand.
+    Raises the DocsmithError of a worker, and WorkersLost. A worker does `at_once` units at a time, and has `waiting` more at hand.
     """
     import ray.data
 
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars = False
     settings.max_errored_blocks = -1  # a unit whose worker ended is left to the next attempt
+    # one may be sent to a node that has gone without anybody's notice, or find no memory
+    settings.max_consecutive_actor_init_deaths = executor.workers * executor.attempts
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # of 2.60; no other argument limits restarts
     rows: list[Any] = [{"name": name, "unit": unit} for name, unit in units.items()]
@@ -142,7 +148,7 @@ def attempt(
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
-            size=min(workers, len(rows)),
+            size=min(executor.workers, len(rows)),
             max_tasks_in_flight_per_actor=at_once + waiting,
             max_concurrent_calls_per_actor=at_once,
             enable_true_multi_threading=True,
@@ -152,11 +158,14 @@ def attempt(
         max_restarts=0,  # nor retries, of which Ray Data has no end; another actor takes the place of one that ended
     )
     arriving: Any = found.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    for block in arriving:
-        for row in block.to_pylist():
-            if row["stop"]:
-                raise getattr(errors, row["stop"])(row["failed"])
-            yield Done(row["name"], row["result"], row["failed"])
+    try:
+        for block in arriving:
+            for row in block.to_pylist():
+                if row["stop"]:
+                    raise getattr(errors, row["stop"])(row["failed"])
+                yield Done(row["name"], row["result"], row["failed"])
+    except ray.exceptions.RayError as error:
+        raise WorkersLost(str(error).splitlines()[0].rstrip(".")) from None
 
 
 def _has_gpu() -> bool:

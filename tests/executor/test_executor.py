@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,70 @@ print("found:", json.dumps([[one.name, one.result.decode(), one.failed] for one 
     assert said[2] == "the worker that did it ended: killed, out of memory, or its node is gone"
     assert ended == {f"u{n}": (f"u{n}"[::-1], "") for n in range(12)}
     assert 2 <= len((tmp_path / "done-poison").read_text()) <= int(said[1])
+
+
+def test_a_worker_that_ends_while_it_starts_is_started_again_and_in_the_end_no_more(cluster: RayCluster, tmp_path: Path) -> None:
+    program = (
+        DRIVER
+        + """
+from stages.program import ServerFailed
+def once():
+    try:
+        open("ended", "x").close()
+    except FileExistsError:
+        return lambda unit: unit[::-1]
+    os.kill(os.getpid(), signal.SIGKILL)
+def never():
+    with open("tries", "a") as tries:
+        tries.write("x")
+    os.kill(os.getpid(), signal.SIGKILL)
+units = {f"u{n}": f"u{n}".encode() for n in range(12)}
+said = {one.name: one.result.decode() for one in done_on_ray(ray, units, once, (), at_once=4, has_model=False)}
+try:
+    list(done_on_ray(ray, units, never, (), at_once=4, has_model=False))
+except ServerFailed as error:
+    print("found:", json.dumps([said, str(error)]))
+"""
+    )
+    results, refusal = in_a_driver(cluster, program, tmp_path)
+    assert results == {f"u{n}": f"u{n}"[::-1] for n in range(12)}
+    assert refusal.startswith("the Ray cluster lost its workers before they had done anything (") and "\n" not in refusal
+    assert 5 <= len((tmp_path / "tries").read_text()) <= 7, "two workers, twice each, and one more of each"
+
+
+def test_results_that_are_lost_with_their_node_are_made_again(tmp_path: Path) -> None:
+    program = (
+        DRIVER
+        + """
+ray = msgspec.structs.replace(ray, workers=3)
+def make():
+    def work(unit):
+        with open("did", "a") as did:
+            did.write(unit.decode() + " ")
+        return unit * 500_000  # too large to travel before it is asked for
+    return work
+units = {f"u{n}": f"u{n}".encode() for n in range(12)}
+found = []
+for one in done_on_ray(ray, units, make, (), at_once=1, has_model=False):
+    found.append([one.name, one.result == units[one.name] * 500_000])
+    if len(found) == 1:
+        while len(open("did").read().split()) < len(units):
+            time.sleep(0.1)
+        os.rename("did", "lost")
+        while os.path.exists("lost"):
+            time.sleep(0.1)
+print("found:", json.dumps(found))
+"""
+    )
+    with ray_cluster(1, 1, 1) as own, ThreadPoolExecutor() as beside:
+        found = beside.submit(in_a_driver, own, program, tmp_path)
+        while not (tmp_path / "lost").exists():
+            assert not found.done(), found.result()
+            time.sleep(0.1)
+        own.remove_node()
+        (tmp_path / "lost").unlink()
+        assert sorted(found.result()) == sorted([f"u{n}", True] for n in range(12))
+    assert (tmp_path / "did").read_text(), "none was made again"
 
 
 def test_embeddings_and_greedy_answers_have_the_same_bits_on_the_cluster(
