@@ -105,7 +105,11 @@ async def answer(
     from stages.serving.sources import Sources, read_passages
 
     def sources_in(folder: Path) -> Sources:
-        return Sources(read_passages(folder), models.embedder, store)
+        passages = read_passages(folder)
+        say(
+            f"serve: the sources of answers are looked up in {len(passages)} passages; embeddings that {store} lacks are computed now"
+        )
+        return Sources(passages, models.embedder, store, with_bars=True)
 
     logging.basicConfig(format="%(asctime)s %(message)s")
     LOG.setLevel(logging.INFO)

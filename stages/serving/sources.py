@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from stages.embedding import Embed
 from stages.evidence import locate, sentences_of
-from stages.program import say
+from stages.program import progress, say
 from stages.records import Chunk, Passage, by_id, read_records
 from stages.release import REBUILD, SOURCES_FILE
 from stages.retrieval import kept_vectors, nearest_places, searched, with_passages
@@ -59,19 +60,23 @@ class Sources:
     question is embedded at a time, which takes some 10 ms of one core, so that a server calls them in a thread beside its event loop.
     """
 
-    def __init__(self, passages: Sequence[Passage], embedder: str, store: Path) -> None:
+    def __init__(self, passages: Sequence[Passage], embedder: str, store: Path, *, with_bars: bool = False) -> None:
         self._passages = by_id(sorted(passages, key=lambda passage: passage.id))
         if not passages:
             return
         self._embed = _embedding(embedder)
+
+        def kept(what: str, texts: Sequence[str]) -> "np.ndarray":
+            return kept_vectors(texts, embedder, _with_bar(what, self._embed) if with_bars else self._embed, store)
+
         self._chunks = [_as_chunk(passage) for passage in self._passages.values()]
         self._trained = [(passage, pair) for passage in self._passages.values() for pair in passage.trained]
-        self._chunk_vectors = kept_vectors([searched(chunk) for chunk in self._chunks], embedder, self._embed, store)
-        self._trained_vectors = kept_vectors([pair.question for _, pair in self._trained], embedder, self._embed, store)
+        self._chunk_vectors = kept("passages", [searched(chunk) for chunk in self._chunks])
+        self._trained_vectors = kept("questions", [pair.question for _, pair in self._trained])
         parts = [_sentences(passage.text) for passage in self._passages.values()]
         self._sentences = [sentence for part in parts for sentence in part]
         self._firsts = [0, *itertools.accumulate(map(len, parts))]  # the place of each passage's first sentence, and the end
-        self._sentence_vectors = kept_vectors(self._sentences, embedder, self._embed, store)
+        self._sentence_vectors = kept("sentences", self._sentences)
 
     def find(self, question: str, min_similarity: float) -> Found:
         """The trained evidence and the passages nearest to `question`: at most four, no passage twice, and none where nothing is as near
@@ -124,8 +129,19 @@ class Sources:
         )[0]
 
 
+def _with_bar(what: str, embed: Embed) -> Embed:
+    """`embed` with a progress bar over its texts, for who waits for it."""
+    import numpy as np
+
+    def embed_all(texts: Sequence[str]) -> Any:
+        firsts = progress(range(0, max(len(texts), 1), EMBEDDED_AT_ONCE), f"sources: {what}", unit="batch")
+        return np.concatenate([embed(texts[first : first + EMBEDDED_AT_ONCE]) for first in firsts])
+
+    return embed_all
+
+
 @functools.cache  # the sources of the next version use it too, and memory does not grow with each
-def _embedding(reference: str) -> Callable[[Sequence[str]], Any]:
+def _embedding(reference: str) -> Embed:
     """What embeds texts, in one thread at a time, since a tokenizer may not be used by two, and a few at a time, since others wait."""
     import numpy as np
     import threadpoolctl

@@ -443,9 +443,12 @@ def test_a_stream_is_whole_though_the_engine_says_in_between_that_it_is_still_th
 
 
 def test_a_hundred_clients_that_hang_up_leave_their_slot_free(patient: tuple[Engine, str]) -> None:
-    """One slot, and answers that take seconds: who comes next is answered at once only where the one before was ended."""
+    """One slot: who comes next is answered long before an answer's end only where the one before was ended."""
     _, address = patient
     with httpx.Client(base_url=address, timeout=60) as client:
+        started = time.monotonic()
+        client.post("/chat", json={"question": "Why?"})
+        whole_s = time.monotonic() - started
         waits = []
         for number in range(100):
             started = time.monotonic()
@@ -461,8 +464,8 @@ def test_a_hundred_clients_that_hang_up_leave_their_slot_free(patient: tuple[Eng
         assert figure(address, "docsmith_open_questions") == 0
         started = time.monotonic()
         client.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 1})
-    assert time.monotonic() - started < 1
-    assert max(waits[1:]) < 1
+    assert time.monotonic() - started < whole_s / 2
+    assert max(waits) < whole_s / 2
 
 
 def test_more_questions_than_the_queue_holds_are_sent_away_and_the_others_are_answered(

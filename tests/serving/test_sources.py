@@ -83,6 +83,17 @@ def test_the_sources_of_the_next_version_use_the_embedder_that_is_loaded(tmp_pat
     assert np.allclose(first._embed(texts)[32], first._embed(texts[32:])[0], atol=1e-5) and len(first._embed(texts)) == 33
 
 
+def test_who_waits_for_embeddings_sees_a_bar_of_each_kind_and_the_vectors_are_the_same(
+    sources: Sources, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = Sources(PASSAGES, MODELS.embedder, tmp_path, with_bars=True)
+    bars = capsys.readouterr().err
+    assert all(f"sources: {what}: 100%" in bars for what in ("passages", "questions", "sentences"))
+    assert (shown._sentence_vectors == sources._sentence_vectors).all()
+    Sources(PASSAGES, MODELS.embedder, tmp_path, with_bars=True)
+    assert capsys.readouterr().err == "", "kept ones need no bar"
+
+
 def test_the_evidence_of_the_nearest_trained_question_comes_before_passages_and_each_passage_once(sources: Sources) -> None:
     found = sources.find("How can I descale my kettle?", 0.45)
     first, *others = found.sources
