@@ -89,6 +89,11 @@ def _stderr_in(log: IO[bytes]) -> Iterator[None]:
         os.close(kept)
 
 
+def _one_line(error: Exception) -> str:
+    """The kind of `error`, and the beginning of what it says."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
 class Worker:
     """What an actor of Ray Data runs: makes its Work once, and does the units that it is given."""
 
@@ -100,6 +105,8 @@ class Worker:
             self.work = make(*arguments)
         except DocsmithError as error:
             self.refusal = error
+        except Exception as error:
+            self.refusal = ServerFailed(f"the worker could not start ({_one_line(error)})")
 
     def __call__(self, rows: Any) -> Any:
         import pyarrow
@@ -113,7 +120,7 @@ class Worker:
         except DocsmithError as error:
             stop, failed = type(error).__name__, f"on {socket.gethostname()}: {error}"
         except Exception as error:  # whatever it is, another attempt may go better, and the reason is shown if none does
-            failed = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            failed = _one_line(error)
         text = {"name": [name], "stop": [stop], "failed": [failed]}
         return pyarrow.table(text | {"result": pyarrow.array([result], pyarrow.binary())})
 

@@ -28,7 +28,8 @@ from stages.records import Chunk, Failure, read_records, write_records
 REPOSITORY = Path(__file__).parents[2]
 OUTPUTS = ("candidates.jsonl", "generate_failures.jsonl")
 CHUNKS = 40
-SLOW_S = 0.15  # of a call, where a test must catch a run in the middle
+SLOW_S = 0.5  # of a call, where a test must catch a run in the middle
+HELD = 5  # units at most that are at work or wait at a worker with one call at a time
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,7 @@ def test_a_driver_that_is_killed_asks_for_the_rest_when_it_is_started_again(
         assert asked < CHUNKS  # its workers ended with it
         project.run(cluster.environment)
     assert project.outputs() == local
-    assert len(fake.bodies) - CHUNKS <= 6, "only what was at work or on its way to the store is asked twice"
+    assert len(fake.bodies) - CHUNKS <= 2 * HELD, "only what was at work or on its way to the store is asked twice"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -197,7 +198,7 @@ def test_a_node_that_is_removed_in_the_middle_costs_the_calls_that_were_at_work_
         assert child.returncode == 0, err
     assert project.outputs() == local
     assert len(fake.calls) == CHUNKS
-    assert len(fake.bodies) - CHUNKS <= 2, "one call was at work on the node, and one waited there"
+    assert len(fake.bodies) - CHUNKS <= HELD, "only what was at work on the node or waited there is asked twice"
 
 
 def test_all_ends_in_one_line_where_the_cluster_cannot_be_used(cluster: RayCluster, tmp_path: Path) -> None:
@@ -320,15 +321,21 @@ def never():
     with open("tries", "a") as tries:
         tries.write("x")
     os.kill(os.getpid(), signal.SIGKILL)
+def faulty():
+    raise RuntimeError("no room\\nfor it")
 units = {f"u{n}": f"u{n}".encode() for n in range(12)}
 said = {one.name: one.result.decode() for one in done_on_ray(ray, units, once, (), at_once=4, has_model=False)}
-try:
-    list(done_on_ray(ray, units, never, (), at_once=4, has_model=False))
-except ServerFailed as error:
-    print("found:", json.dumps([said, str(error)]))
+refusals = []
+for make in (never, faulty):
+    try:
+        list(done_on_ray(ray, units, make, (), at_once=4, has_model=False))
+    except ServerFailed as error:
+        refusals.append(str(error))
+print("found:", json.dumps([said, refusals]))
 """
     )
-    results, refusal = in_a_driver(cluster, program, tmp_path)
+    results, (refusal, reason) = in_a_driver(cluster, program, tmp_path)
+    assert reason == f"on {socket.gethostname()}: the worker could not start (RuntimeError: no room for it)"
     assert results == {f"u{n}": f"u{n}"[::-1] for n in range(12)}
     assert refusal.startswith("the Ray cluster lost its workers before they had done anything (") and "\n" not in refusal
     assert 5 <= len((tmp_path / "tries").read_text()) <= 7, "two workers, twice each, and one more of each"
@@ -338,9 +345,13 @@ def test_results_that_are_lost_with_their_node_are_made_again(tmp_path: Path) ->
     program = (
         DRIVER
         + """
+import glob
 ray = msgspec.structs.replace(ray, workers=3)
 def make():
+    open(f"worker-{os.getpid()}", "w").close()
     def work(unit):
+        while len(glob.glob("worker-*")) < 3:
+            time.sleep(0.05)
         with open("did", "a") as did:
             did.write(unit.decode() + " ")
         return unit * 500_000  # too large to travel before it is asked for
