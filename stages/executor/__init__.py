@@ -51,9 +51,9 @@ def done_on_ray(
 
     A worker makes its `Work` by `make(*arguments)`, once, and does `at_once` units at a time; one that runs a model takes a GPU where
     the cluster has one. A node that is lost costs the units that were at work there, which are done again by others, one at a time.
-    Raises the DocsmithError of a worker, with its node's name, ServerFailed where no cluster answers or keeps a worker, and BadParams.
+    Raises the DocsmithError of a worker, with its node's name, ServerFailed where no cluster answers or no worker stays, and BadParams.
     """
-    from stages.executor.cluster import WorkersLost, attempt, connect
+    from stages.executor.cluster import ResultLost, attempt, connect
 
     connect(executor)
     left = dict(units)
@@ -69,11 +69,10 @@ def done_on_ray(
                 else:
                     del left[done.name]
                     yield done
-        except WorkersLost as lost:
+        except ResultLost as lost:
             if len(left) == before:
                 raise ServerFailed(
-                    f"the Ray cluster lost its workers before they had done anything ({lost}). "
-                    "Look in Ray's logs whether their nodes have the memory; what came before is kept. Resume with: dvc repro"
+                    f"the Ray cluster lost what its workers had done ({lost}); what came before is kept. Resume with: dvc repro"
                 ) from None
             continue
         tries.update(left.keys())

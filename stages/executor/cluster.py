@@ -20,8 +20,8 @@ from stages.program.errors import BadParams, DocsmithError, ServerFailed
 CONNECT_S = 5
 
 
-class WorkersLost(Exception):
-    """An attempt ended early: a result was lost with its node, or workers ended again and again while they started."""
+class ResultLost(Exception):
+    """An attempt ended early: a node took a result with it that had not been fetched."""
 
 
 def connect(executor: Executor) -> None:
@@ -94,15 +94,38 @@ def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-class Worker:
-    """What an actor of Ray Data runs: makes its Work once, and does the units that it is given."""
+class Starts:
+    """An actor that counts the starts of workers since one last got ready: a worker that ends is started again without end."""
 
-    def __init__(self, make: Callable[..., Work], arguments: tuple[Any, ...], folder: str) -> None:
+    def __init__(self, most: int) -> None:
+        self.most, self.count = most, 0
+
+    def begin(self) -> bool:
+        """Whether one more may start."""
+        self.count += 1
+        return self.count <= self.most
+
+    def succeed(self) -> None:
+        self.count = 0
+
+
+class Worker:
+    """What an actor of Ray Data runs: makes its Work once, and does the units that it is given.
+
+    Where `starts` allows no more, it refuses them all instead.
+    """
+
+    def __init__(self, make: Callable[..., Work], arguments: tuple[Any, ...], folder: str, starts: Any) -> None:
+        import ray
+
         self.refusal: DocsmithError | None = None
         if Path(folder).is_dir():  # the project, where the nodes share its disk
             os.chdir(folder)
         try:
+            if not ray.get(starts.begin.remote()):
+                raise ServerFailed("workers end again and again while they start: killed, or out of memory. Look in Ray's logs")
             self.work = make(*arguments)
+            ray.get(starts.succeed.remote())
         except DocsmithError as error:
             self.refusal = error
         except Exception as error:
@@ -136,22 +159,24 @@ def attempt(
 ) -> Iterator[Done]:
     """Those of `units` that came to an end; one whose worker ended is left out.
 
-    Raises the DocsmithError of a worker, and WorkersLost. A worker does `at_once` units at a time, and has `waiting` more at hand.
+    Raises the DocsmithError of a worker, and ResultLost. A worker does `at_once` units at a time, and has `waiting` more at hand.
     """
     import ray.data
 
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars = False
     settings.max_errored_blocks = -1  # a unit whose worker ended is left to the next attempt
-    # one may be sent to a node that has gone without anybody's notice, or find no memory
-    settings.max_consecutive_actor_init_deaths = executor.workers * executor.attempts
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # of 2.60; no other argument limits restarts
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # of 2.60; no other argument limits retries
     rows: list[Any] = [{"name": name, "unit": unit} for name, unit in units.items()]
     on_gpu = has_model and _has_gpu()
+    most = ray.put(executor.workers * executor.attempts)
+    # of the first actor, Ray says on stderr that its arguments must stay as long as it may be started again; they do
+    with tempfile.TemporaryFile() as log, _stderr_in(log):
+        starts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Starts).remote(most)
     found = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Worker,
-        fn_constructor_args=(make, arguments, os.getcwd()),
+        fn_constructor_args=(make, arguments, os.getcwd(), starts),
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
@@ -162,7 +187,8 @@ def attempt(
         ),
         num_cpus=0 if on_gpu else 1,
         num_gpus=1 if on_gpu else 0,
-        max_restarts=0,  # nor retries, of which Ray Data has no end; another actor takes the place of one that ended
+        max_restarts=-1,  # Ray Data replaces none, and waits for ever once all have ended
+        max_task_retries=0,  # of which there is no end either
     )
     arriving: Any = found.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     try:
@@ -172,7 +198,7 @@ def attempt(
                     raise getattr(errors, row["stop"])(row["failed"])
                 yield Done(row["name"], row["result"], row["failed"])
     except ray.exceptions.RayError as error:
-        raise WorkersLost(str(error).splitlines()[0].rstrip(".")) from None
+        raise ResultLost(str(error).splitlines()[0].rstrip(".")) from None
 
 
 def _has_gpu() -> bool:

@@ -20,7 +20,7 @@ from conftest import MODELS
 from fake_endpoint import FakeEndpoint, Turn, chosen
 from ray_cluster import RayCluster, ray_cluster
 
-from stages.executor import Executor
+from stages.executor import WORKER_ENDED, Executor
 from stages.params import convert_section
 from stages.program import BadParams
 from stages.records import Chunk, Failure, read_records, write_records
@@ -273,11 +273,14 @@ ray = Executor(engine="ray", address="", workers=2, attempts=2)
 """
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_unit_that_ends_its_worker_fails_after_its_attempts_and_takes_no_other_with_it(
-    cluster: RayCluster, tmp_path: Path
+    workers: int, cluster: RayCluster, tmp_path: Path
 ) -> None:
+    """With one worker, none is left each time: another must take its place for those that still wait."""
     program = (
         DRIVER
+        + f"ray = msgspec.structs.replace(ray, workers={workers})"
         + """
 def make():
     def work(unit):
@@ -298,12 +301,14 @@ print("found:", json.dumps([[one.name, one.result.decode(), one.failed] for one 
     found = in_a_driver(cluster, program, tmp_path)
     ended = {name: (result, failed) for name, result, failed in found}
     assert len(found) == len(ended) == 14
-    assert ended.pop("faulty") == ("", "failed 2 times on the cluster (ValueError: cannot be done)")
-    said = re.fullmatch(r"failed (\d) times on the cluster \((.+)\)", ended.pop("poison")[1])
-    assert said and int(said[1]) >= 2
-    assert said[2] == "the worker that did it ended: killed, out of memory, or its node is gone"
+    times = {}
+    for name, reason in (("faulty", "ValueError: cannot be done"), ("poison", WORKER_ENDED)):
+        said = re.fullmatch(rf"failed (\d) times on the cluster \({reason}\)", ended.pop(name)[1])
+        assert said and int(said[1]) >= 2  # more where it was sent to a worker that another unit had ended
+        times[name] = int(said[1])
     assert ended == {f"u{n}": (f"u{n}"[::-1], "") for n in range(12)}
-    assert 2 <= len((tmp_path / "done-poison").read_text()) <= int(said[1])
+    assert 2 <= len((tmp_path / "done-poison").read_text()) <= times["poison"]
+    assert 1 <= len((tmp_path / "done-faulty").read_text()) <= times["faulty"]
 
 
 def test_a_worker_that_ends_while_it_starts_is_started_again_and_in_the_end_no_more(cluster: RayCluster, tmp_path: Path) -> None:
@@ -337,8 +342,8 @@ print("found:", json.dumps([said, refusals]))
     results, (refusal, reason) = in_a_driver(cluster, program, tmp_path)
     assert reason == f"on {socket.gethostname()}: the worker could not start (RuntimeError: no room for it)"
     assert results == {f"u{n}": f"u{n}"[::-1] for n in range(12)}
-    assert refusal.startswith("the Ray cluster lost its workers before they had done anything (") and "\n" not in refusal
-    assert 5 <= len((tmp_path / "tries").read_text()) <= 7, "two workers, twice each, and one more of each"
+    assert refusal.startswith(f"on {socket.gethostname()}: workers end again and again while they start: ")
+    assert len((tmp_path / "tries").read_text()) == 4, "two workers, twice each"
 
 
 def test_results_that_are_lost_with_their_node_are_made_again(tmp_path: Path) -> None:
