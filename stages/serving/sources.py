@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from stages.embedding import Embed
 from stages.evidence import locate, sentences_of
 from stages.program import progress, say
 from stages.records import Chunk, Passage, by_id, read_records
@@ -67,7 +66,8 @@ class Sources:
         self._embed = _embedding(embedder)
 
         def kept(what: str, texts: Sequence[str]) -> "np.ndarray":
-            return kept_vectors(texts, embedder, _with_bar(what, self._embed) if with_bars else self._embed, store)
+            embed = functools.partial(self._embed, bar=f"sources: {what}" if with_bars else "")
+            return kept_vectors(texts, embedder, embed, store)
 
         self._chunks = [_as_chunk(passage) for passage in self._passages.values()]
         self._trained = [(passage, pair) for passage in self._passages.values() for pair in passage.trained]
@@ -129,20 +129,12 @@ class Sources:
         )[0]
 
 
-def _with_bar(what: str, embed: Embed) -> Embed:
-    """`embed` with a progress bar over its texts, for who waits for it."""
-    import numpy as np
-
-    def embed_all(texts: Sequence[str]) -> Any:
-        firsts = progress(range(0, max(len(texts), 1), EMBEDDED_AT_ONCE), f"sources: {what}", unit="batch")
-        return np.concatenate([embed(texts[first : first + EMBEDDED_AT_ONCE]) for first in firsts])
-
-    return embed_all
-
-
 @functools.cache  # the sources of the next version use it too, and memory does not grow with each
-def _embedding(reference: str) -> Embed:
-    """What embeds texts, in one thread at a time, since a tokenizer may not be used by two, and a few at a time, since others wait."""
+def _embedding(reference: str) -> Callable[..., Any]:
+    """What embeds texts, in one thread at a time, since a tokenizer may not be used by two, and a few at a time, since others wait.
+
+    It shows a progress bar of the name `bar`, where one is given.
+    """
     import numpy as np
     import threadpoolctl
     import torch
@@ -156,9 +148,10 @@ def _embedding(reference: str) -> Embed:
     torch.set_num_threads(1)
     threadpoolctl.threadpool_limits(1, user_api="blas")  # of the libraries that are loaded by now
 
-    def embed(texts: Sequence[str]) -> Any:
+    def embed(texts: Sequence[str], bar: str = "") -> Any:
         parts = []
-        for first in range(0, max(len(texts), 1), EMBEDDED_AT_ONCE):
+        firsts = range(0, max(len(texts), 1), EMBEDDED_AT_ONCE)
+        for first in progress(firsts, bar, unit="batch") if bar else firsts:
             with embedding:
                 parts.append(model.encode(list(texts[first : first + EMBEDDED_AT_ONCE]), normalize_embeddings=True))
         return np.concatenate(parts)

@@ -464,8 +464,8 @@ def test_a_hundred_clients_that_hang_up_leave_their_slot_free(patient: tuple[Eng
         assert figure(address, "docsmith_open_questions") == 0
         started = time.monotonic()
         client.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 1})
-    assert time.monotonic() - started < whole_s / 2
-    assert max(waits) < whole_s / 2
+    assert time.monotonic() - started < whole_s / 5
+    assert max(waits) < whole_s / 5
 
 
 def test_more_questions_than_the_queue_holds_are_sent_away_and_the_others_are_answered(
